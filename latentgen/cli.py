@@ -1,0 +1,428 @@
+"""The command line: thin. It turns flags into a `Request`, shows progress, and writes files.
+
+Nothing here imports torch, PIL or numpy at the top: help and errors in the arguments are answered
+at once. Exit status: 0 done, 1 the drawing failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import InvalidRequest, LatentgenError
+from .modelfolder import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from .pipeline import LatentDiffusion, Result
+    from .request import Request
+
+app = typer.Typer(
+    name="latentgen",
+    help="Pictures from text with latent diffusion; offline, with a small model of its own inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# The flags, once; the commands below choose from them.
+Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Where to write; the ending decides: .png, .jpg, .webp.",
+        show_default="PROMPT-SEED.png",
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder, a hub id, or a .safetensors checkpoint.",
+        show_default="the bundled model",
+    ),
+]
+Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 = off.")]
+Scheduler = Annotated[str | None, typer.Option(help="See `latentgen schedulers`.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same picture.")]
+Count = Annotated[int, typer.Option("--num-images", "-n", help="How many pictures.")]
+Height = Annotated[int | None, typer.Option(help="In pixels.")]
+Width = Annotated[int | None, typer.Option(help="In pixels.")]
+Eta = Annotated[float, typer.Option(help="DDIM's randomness, 0 to 1.")]
+Rescale = Annotated[float, typer.Option(help="Against overexposure, 0 to 1.")]
+Grid = Annotated[bool, typer.Option("--grid", help="Also write all pictures on one sheet.")]
+Gif = Annotated[Path | None, typer.Option(help="Also write the denoising as an animation.")]
+Quality = Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, xformers or sliced.")]
+Strength = Annotated[float | None, typer.Option(help="How much to change, 0 to 1.")]
+Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
+Mask = Annotated[
+    Path, typer.Argument(help="As large as the picture; white = repaint.", show_default=False)
+]
+MaskBlur = Annotated[int, typer.Option(help="Soft edge inside the mask, in pixels.")]
+
+
+def _drawing_flags(
+    output: Output = None,
+    negative_prompt: Negative = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    num_images: Count = 1,
+    height: Height = None,
+    width: Width = None,
+    eta: Eta = 0.0,
+    guidance_rescale: Rescale = 0.0,
+    model: ModelName = DEFAULT_MODEL,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+    grid: Grid = False,
+    gif: Gif = None,
+    quality: Quality = 95,
+) -> None:
+    """The flags that all drawing commands share; Typer reads them from this signature."""
+
+
+def _drawing(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the shared flags in place of its `**flags`."""
+
+    @wraps(command)
+    def run(**flags: Any) -> None:
+        command(**flags)
+
+    own = [
+        p for p in signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD
+    ]
+    shared = signature(_drawing_flags, eval_str=True).parameters.values()
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+@app.command()
+@_drawing
+def generate(prompt: Prompt, **flags: Any) -> None:
+    """Draw a picture from text."""
+    _draw(prompt=prompt, **flags)
+
+
+@app.command()
+@_drawing
+def img2img(prompt: Prompt, image: Picture, strength: Strength = None, **flags: Any) -> None:
+    """Redraw a picture as the prompt says."""
+    _draw(prompt=prompt, image=image, strength=strength, **flags)
+
+
+@app.command()
+@_drawing
+def inpaint(
+    prompt: Prompt,
+    image: Picture,
+    mask_image: Mask,
+    strength: Strength = None,
+    mask_blur: MaskBlur = 0,
+    **flags: Any,
+) -> None:
+    """Repaint the white part of a mask; every other pixel stays as it is."""
+    flags |= {"strength": strength, "mask_blur": mask_blur}
+    _draw(prompt=prompt, image=image, mask_image=mask_image, **flags)
+
+
+@app.command()
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A picture with metadata.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the copy.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Instead of its own.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture it was made from.")] = None,
+    mask_image: Annotated[Path | None, typer.Option(help="The mask it was made with.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+) -> None:
+    """Make a picture again from its own metadata, and say how far the copy is from it."""
+    from . import metadata
+
+    with _reporting():
+        if output is not None:
+            _check_output(output)
+        found = metadata.read(picture)
+        known = found.record
+        notes: list[str] = []
+        pictures = {"image": image, "mask_image": mask_image}
+        if known is not None:
+            for name in known["pictures"]:
+                if pictures[name] is None:
+                    hint = f"it was made from another picture; name it: --{_dashed(name)} FILE"
+                    raise InvalidRequest(name, None, hint)
+            request = metadata.request_from_record(known, **pictures)
+            model = model or _recorded_model(known["model"])
+            dtype = dtype or known["settings"]["dtype"]
+            attention = attention or known["settings"]["attention"]
+        elif found.infotext:
+            info = metadata.parse_infotext(found.infotext)
+            request, notes = metadata.request_from_infotext(info, **pictures)
+            notes.append(f"its model, {info.fields.get('Model', 'which it does not name')}")
+        else:
+            hint = "it carries no settings; pictures of latentgen and of the WebUI do"
+            raise InvalidRequest("picture", str(picture), hint)
+
+        result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention)
+        index, quality = (known["index"], known["quality"]) if known else (0, metadata.QUALITY)
+        if known is not None:
+            notes += metadata.differences(known, result)
+        for note in notes:
+            typer.echo(f"not reproduced: {note}")
+        copy = metadata.encode_result(result, index, found.format, quality)
+        typer.echo(f"largest pixel difference: {_distance(found.image, copy)}")
+        if output is not None:
+            format = metadata.picture_format(output)
+            output.write_bytes(metadata.encode_result(result, index, format, quality))
+            typer.echo(str(output))
+
+
+@app.command()
+def models() -> None:
+    """List the models on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import modelfolder
+
+    table = Table("model", "size", "steps", "guidance", "where", box=None)
+    found = modelfolder.bundled_models() + modelfolder.cached_models()
+    for entry in found:
+        size = f"{entry.width} x {entry.height}"
+        where = "bundled" if entry.hub_id is None else "hub cache"
+        steps, guidance = str(entry.num_inference_steps), f"{entry.guidance_scale:g}"
+        table.add_row(entry.name, size, steps, guidance, where)
+    Console().print(table)
+    typer.echo("--model also takes any folder in the diffusers layout or .safetensors checkpoint.")
+
+
+@app.command()
+def schedulers() -> None:
+    """List the schedulers, one line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .schedulers import NAMES, SPACINGS, SPREADS
+
+    table = Table("scheduler", "elsewhere", "", box=None)
+    for name, entry in NAMES.items():
+        table.add_row(name, entry.label, entry.about)
+    Console().print(table)
+    typer.echo(
+        f"A name may be followed by its noise levels ({', '.join(SPREADS)}) and its spacing\n"
+        f"({', '.join(SPACINGS)}, align your steps): 'dpm++_2m karras', 'euler trailing'.\n"
+        "The names of other programs work too: 'DPM++ 2M Karras', 'euler_ancestral'."
+    )
+
+
+def main() -> None:
+    """The console script."""
+    warnings.showwarning = _show_warning
+    app()
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if category is UserWarning and "latentgen" in Path(filename).parts:
+        typer.echo(f"warning: {message}", err=True)
+
+
+def _draw(
+    *,
+    output: Path | None,
+    steps: int | None,
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
+    grid: bool,
+    gif: Path | None,
+    quality: int,
+    **options: Any,
+) -> None:
+    """What generate, img2img and inpaint have in common."""
+    from . import metadata
+    from .images import contact_sheet
+    from .request import Request
+
+    with _reporting():
+        if output is not None:
+            _check_output(output)
+        if gif is not None:
+            _check_writable(gif)
+            if gif.suffix.lower() != ".gif":
+                raise InvalidRequest("gif", str(gif), "the name must end in .gif")
+        request = Request(num_inference_steps=steps, **options)
+        frames: list[Any] | None = [] if gif is not None else None
+        result = _finish(request, model, device, dtype, attention, frames)
+        target = output if output is not None else _default_name(result)
+        written = result.save(target, quality)
+        if grid:
+            sheet = target.with_name(f"{target.stem}-grid{target.suffix}")
+            page = contact_sheet(result.images)
+            format = metadata.picture_format(sheet)
+            sheet.write_bytes(
+                metadata.encode(page, format, metadata.infotext(result, 0), None, quality)
+            )
+            written.append(sheet)
+        if gif is not None and frames is not None:
+            _write_gif(gif, [*frames, result.image], result)
+            written.append(gif)
+        seeds = result.seeds
+        seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+        size = f"{result.request.width} x {result.request.height}"
+        names = ", ".join(str(path) for path in written)
+        typer.echo(f"{names}: {size}, {seed}, {result.seconds:.1f} s")
+
+
+def _finish(
+    request: Request,
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
+    frames: list[Any] | None = None,
+) -> Result:
+    """Check everything, load the model, draw with a progress bar; `frames` collects previews."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from . import modelfolder
+
+    request = request.resolve(modelfolder.find(model))
+    console = Console(stderr=True)
+    with console.status("loading the model"):
+        from latentgen import LatentDiffusion
+
+        pipe: LatentDiffusion = LatentDiffusion.from_pretrained(model, device, dtype, attention)
+    columns = (
+        TextColumn("drawing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("drawing", total=None)
+        for step in pipe.draw(request):
+            progress.update(task, completed=step.index + 1, total=step.total)
+            if frames is not None:
+                frames.append(step.preview())
+    assert step.result is not None
+    return step.result
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn errors into one line and an exit status."""
+    try:
+        yield
+    except LatentgenError as error:
+        text = str(error)
+        if isinstance(error, InvalidRequest):
+            flag = {"num_inference_steps": "steps"}.get(error.field, error.field)
+            text = text.replace(error.field, _dashed(flag), 1)
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_output(path: Path) -> None:
+    from .metadata import picture_format
+
+    picture_format(path)
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse an output that cannot be written, before any time is spent on drawing."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder; add a file name")
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidRequest("output", str(path), f"cannot be written ({reason})") from error
+
+
+def _default_name(result: Result) -> Path:
+    words = re.sub(r"[^a-z0-9]+", "-", result.request.prompt[0].lower()).strip("-")[:40]
+    return Path(f"{words or 'picture'}-{result.seeds[0]}.png")
+
+
+def _write_gif(path: Path, frames: list[Any], result: Result) -> None:
+    from .metadata import infotext
+
+    durations = [120] * (len(frames) - 1) + [2000]  # milliseconds
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        comment=infotext(result, 0).encode(),
+    )
+
+
+def _recorded_model(known: dict[str, Any]) -> str:
+    from .modelfolder import bundled_models
+
+    for entry in bundled_models():
+        if entry.name == known["name"]:
+            return str(entry.path)
+    if known["hub_id"]:
+        return known["hub_id"]
+    raise InvalidRequest("model", known["name"], "not bundled; say where it is with --model")
+
+
+def _distance(first, copy: bytes) -> int | str:
+    """The largest difference of any channel of any pixel, 0 to 255."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    one = np.asarray(first, dtype=int)
+    other = np.asarray(Image.open(io.BytesIO(copy)).convert("RGB"), dtype=int)
+    if one.shape != other.shape:
+        return f"the sizes differ, {one.shape[1::-1]} and {other.shape[1::-1]}"
+    return int(abs(one - other).max())
+
+
+if __name__ == "__main__":
+    main()

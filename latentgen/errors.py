@@ -1,0 +1,42 @@
+"""Everything latentgen raises on purpose.
+
+    LatentgenError
+    ├── InvalidRequest (also a ValueError)   what was asked for cannot be done as asked
+    └── DecodeError                          the model drew nothing: black or not finite
+
+An `InvalidRequest` is raised before any weights are read. The command line ends with status 2 for
+it and with status 1 for anything else.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DecodeError", "InvalidRequest", "LatentgenError"]
+
+
+class LatentgenError(Exception):
+    """The parent of all errors that latentgen raises on purpose."""
+
+
+class InvalidRequest(LatentgenError, ValueError):
+    """A request that cannot be carried out as it stands.
+
+    Args:
+        field: the name of the argument, as in Python (`num_inference_steps`).
+        value: what was given; shown shortened.
+        hint: what would work.
+    """
+
+    def __init__(self, field: str, value: object, hint: str):
+        self.field = field
+        self.value = value
+        self.hint = hint
+        super().__init__(f"{field}={_shown(value)}: {hint}")
+
+
+class DecodeError(LatentgenError):
+    """The decoded picture is black or has values that are not finite, also in float32."""
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,157 @@
+"""Pictures in and out of arrays, and the rules for accepting them.
+
+Does not know about models. A picture is checked from its header before it is decoded, so that a
+small file that claims to be huge costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from .errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "MAX_PIXELS",
+    "composite",
+    "contact_sheet",
+    "load_image",
+    "load_mask",
+    "to_pil",
+    "to_tensor",
+]
+
+MAX_PIXELS = 8192 * 8192
+
+
+def load_image(source: Any, field: str = "image") -> Image.Image:
+    """Take a picture as a PIL image, an array or a path; return it as RGB.
+
+    Orientation from EXIF is applied, transparency is laid on white. Arrays are (H, W), (H, W, 1),
+    (H, W, 3) or (H, W, 4), either 8-bit integers or floats in [0, 1].
+
+    Raises:
+        InvalidRequest: it is missing, not a picture, truncated, or of more than MAX_PIXELS pixels.
+    """
+    image = _open(source, field)
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def load_mask(source: Any, field: str = "mask_image") -> Image.Image:
+    """Take a mask like a picture; return it as black and white ("L", 0 or 255), white = repaint.
+
+    Grey counts as white from 128 on.
+    """
+    grey = load_image(source, field).convert("L")
+    mask = grey.point(lambda value: 255 if value >= 128 else 0)
+    if mask.getextrema() == (0, 0):
+        raise InvalidRequest(field, source, "all black, so nothing would be repainted; paint white")
+    return mask
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (1, 3, H, W) in [-1, 1]; "L" mask -> (1, 1, H, W) in [0, 1]; float32."""
+    import torch
+
+    array = np.asarray(image, dtype=np.float32) / 255.0
+    if array.ndim == 2:
+        return torch.from_numpy(array)[None, None]
+    # Batch first, then transposed: the strides decide which convolution runs, and so the last bit.
+    return 2.0 * torch.from_numpy(array[None].transpose(0, 3, 1, 2)) - 1.0
+
+
+def composite(original: Image.Image, painted: np.ndarray, mask: Image.Image, mask_blur: int):
+    """Lay the repainted pixels over the original; outside the mask the original stays exactly.
+
+    Args:
+        original: RGB, H x W.
+        painted: (B, H, W, 3), float32 in [0, 1].
+        mask: "L", 0 or 255.
+        mask_blur: width in pixels of the soft edge, which lies inside the mask.
+
+    Returns:
+        (B, H, W, 3), float32 in [0, 1].
+    """
+    alpha = np.asarray(mask, dtype=np.float32) / 255
+    if mask_blur:
+        soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask_blur)), dtype=np.float32) / 255
+        alpha *= (2 * soft - 1).clip(0, 1)  # a straight edge has 0.5 under the blur
+    alpha = alpha[None, :, :, None]
+    below = np.asarray(original, dtype=np.float32)[None] / 255
+    return np.where(alpha > 0, below + alpha * (painted - below), below)
+
+
+def to_pil(pixels: np.ndarray) -> list[Image.Image]:
+    """(B, H, W, 3) in [0, 1] -> RGB pictures."""
+    return [Image.fromarray(row) for row in (pixels * 255).round().astype(np.uint8)]
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """All pictures on one sheet, row by row, as square as can be unless `columns` is given."""
+    columns = columns or int(np.ceil(len(images) ** 0.5))
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def _open(source: Any, field: str) -> Image.Image:
+    if not isinstance(source, str | Path | Image.Image):
+        if not hasattr(source, "__array__"):
+            raise InvalidRequest(field, source, "a PIL image, an array or the path of a picture")
+        return _from_array(np.asarray(source), field)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        _check_size(image.size, source, field)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except InvalidRequest:
+        raise
+    except FileNotFoundError as error:
+        raise InvalidRequest(field, str(source), "no such file") from error
+    except Image.DecompressionBombError as error:
+        raise InvalidRequest(field, source, str(error)) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InvalidRequest(
+            field, source, f"cannot be read as a picture ({error}); PNG, JPEG and WebP can"
+        ) from error
+
+
+def _from_array(array: np.ndarray, field: str) -> Image.Image:
+    shape = f"an array of shape {array.shape} and type {array.dtype}"
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.size == 0 or array.shape[2:] not in ((), (3,), (4,)):
+        raise InvalidRequest(field, shape, "an array must be (H, W), (H, W, 3) or (H, W, 4)")
+    _check_size(array.shape[1::-1], shape, field)
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise InvalidRequest(field, shape, "an array of floats must lie in [0, 1]")
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise InvalidRequest(field, shape, "an array must be of type uint8, bool or float")
+    return Image.fromarray(array)
+
+
+def _check_size(size: tuple[int, int], source: Any, field: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise InvalidRequest(
+            field, source, f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS} in all are accepted"
+        )

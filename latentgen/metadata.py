@@ -1,0 +1,364 @@
+"""What a picture says about itself, and how to read it back.
+
+Every picture carries two texts: the WebUI's "infotext", which the tools of the field read, and a
+JSON record of ours with all that is needed to make the picture again bit for bit.
+
+    PNG               text chunks `parameters` and `latentgen`
+    JPEG, WebP, AVIF  EXIF UserComment and MakerNote
+    GIF               comment (the infotext alone)
+
+The record holds fingerprints of an input picture and mask, never the pictures: what somebody
+painted over must not travel inside the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, PngImagePlugin
+
+from . import __version__, schedulers
+from .errors import InvalidRequest
+from .images import load_image
+from .request import Request
+
+if TYPE_CHECKING:
+    from .pipeline import Result
+
+__all__ = [
+    "FORMATS",
+    "Infotext",
+    "Picture",
+    "differences",
+    "encode",
+    "encode_result",
+    "fingerprint",
+    "infotext",
+    "parse_infotext",
+    "picture_format",
+    "read",
+    "record",
+    "request_from_infotext",
+    "request_from_record",
+    "save_result",
+    "versions",
+]
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
+QUALITY = 95  # of the formats that lose detail
+
+_EXIF, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x927C, 0x9286
+_UNICODE = b"UNICODE\0"
+_PICTURES = ("image", "mask_image")
+_NOT_RECORDED = {*_PICTURES, "output_type"}
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """An infotext, taken apart: the prompt, the negative prompt, and the fields by name."""
+
+    prompt: str
+    negative_prompt: str
+    fields: dict[str, str]
+
+
+# Writing.
+
+
+def save_result(result: Result, path: str | Path, quality: int | None = None) -> list[Path]:
+    """Write all pictures of a result; see `Result.save`."""
+    path = Path(path)
+    if result.request.output_type != "pil":
+        hint = "only results of output_type 'pil' can be saved"
+        raise InvalidRequest("output_type", result.request.output_type, hint)
+    format = picture_format(path)
+    quality = quality if quality is not None else QUALITY
+    many = len(result.images) > 1
+    written = []
+    for k in range(len(result.images)):
+        target = path.with_name(f"{path.stem}-{k + 1}{path.suffix}") if many else path
+        target.write_bytes(encode_result(result, k, format, quality))
+        written.append(target)
+    return written
+
+
+def picture_format(path: Path) -> str:
+    """The format that a path's ending asks for.
+
+    Raises:
+        InvalidRequest: there is no such format.
+    """
+    format = FORMATS.get(path.suffix.lower())
+    Image.init()
+    if format is None or format not in Image.SAVE:
+        able = ", ".join(ending for ending, name in FORMATS.items() if name in Image.SAVE)
+        raise InvalidRequest("output", str(path), f"the name must end in one of {able}")
+    return format
+
+
+def encode_result(result: Result, k: int, format: str, quality: int = QUALITY) -> bytes:
+    """Picture `k` of a result as a file with its metadata."""
+    known = record(result, k, quality)
+    return encode(result.images[k], format, infotext(result, k), known, quality)
+
+
+def encode(
+    image: Image.Image, format: str, text: str, record: dict[str, Any] | None, quality: int
+) -> bytes:
+    """A picture file with its metadata, as bytes."""
+    packed = "" if record is None else json.dumps(record, ensure_ascii=False)
+    options: dict[str, Any] = {}
+    if format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", text)
+        if packed:
+            info.add_itxt("latentgen", packed)
+        options["pnginfo"] = info
+    else:
+        exif = Image.Exif()
+        exif.endian = ">"
+        exif[_EXIF] = {_USER_COMMENT: _UNICODE + text.encode("utf-16-be")}
+        if packed:
+            exif[_EXIF][_MAKER_NOTE] = packed.encode()
+        options |= {"exif": exif, "quality": quality}
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def infotext(result: Result, k: int) -> str:
+    """The WebUI's description of picture `k`."""
+    request = result.request
+    j = k // request.num_images
+    lines = [request.prompt[j]]
+    if request.negative_prompt and request.negative_prompt[j]:
+        lines.append(f"Negative prompt: {request.negative_prompt[j]}")
+    values: dict[str, Any] = {"Steps": request.num_inference_steps}
+    if request.scheduler is not None:
+        name = schedulers.parse(request.scheduler)
+        values["Sampler"] = name.entry.label
+        if spread := name.spread or name.spacing:
+            values["Schedule type"] = {"trailing": "SGM Uniform"}.get(spread, spread.title())
+    else:
+        values["Sampler"] = result.model.scheduler_class
+    values |= {
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": result.seeds[k],
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": result.model.hash(),
+        "Model": result.model.name,
+        "Denoising strength": request.strength and f"{request.strength:g}",
+        "Mask blur": request.mask_blur or None,
+        "RNG": "CPU",
+        "Version": f"latentgen {__version__}",
+    }
+    told = [f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None]
+    return "\n".join([*lines, ", ".join(told)])
+
+
+def record(result: Result, k: int, quality: int = QUALITY) -> dict[str, Any]:
+    """All that is needed to make picture `k` again, as JSON."""
+    request = {
+        field.name: getattr(result.request, field.name)
+        for field in fields(Request)
+        if field.name not in _NOT_RECORDED
+    }
+    pictures = {name: getattr(result.request, name) for name in _PICTURES}
+    model = result.model
+    return {
+        "index": k,
+        "request": {key: value for key, value in request.items() if value is not None},
+        "pictures": {name: fingerprint(p) for name, p in pictures.items() if p is not None},
+        "model": {
+            "name": model.name,
+            "hash": model.hash(),
+            "hub_id": model.hub_id,
+            "revision": model.revision,
+        },
+        "settings": result.settings,
+        "quality": quality,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a picture's last bits."""
+    return {
+        "latentgen": __version__,
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "pillow")},
+    }
+
+
+def fingerprint(image: Image.Image) -> str:
+    """SHA-256 of a picture's pixels."""
+    head = f"{image.mode} {image.width} {image.height} ".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+# Reading.
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, read: its pixels, its format, and what it says of itself, if anything."""
+
+    image: Image.Image
+    format: str
+    infotext: str | None
+    record: dict[str, Any] | None
+
+
+def read(path: str | Path) -> Picture:
+    """Read a picture with its metadata.
+
+    Raises:
+        InvalidRequest: it cannot be read as a picture.
+    """
+    image = load_image(path, "picture")
+    with Image.open(path) as file:
+        file.load()  # a PNG may have its text behind the pixels
+        info, format = file.info, file.format
+        exif = file.getexif().get_ifd(_EXIF)
+    text = info.get("parameters")
+    if text is None and _USER_COMMENT in exif:
+        text = _user_comment(exif[_USER_COMMENT])
+    if text is None and isinstance(info.get("comment"), bytes):
+        text = info["comment"].decode("utf-8", "replace")
+    packed = info.get("latentgen") or exif.get(_MAKER_NOTE)
+    try:
+        known = json.loads(packed) if packed else None
+    except (ValueError, TypeError):  # a camera's own maker note
+        known = None
+    if not (isinstance(known, dict) and "request" in known):
+        known = None
+    return Picture(image, format if format and format in FORMATS.values() else "PNG", text, known)
+
+
+def parse_infotext(text: str) -> Infotext:
+    """Take an infotext apart.
+
+    The last line holds parameters only if there are three or more of them.
+    """
+    *lines, last = text.strip().split("\n")
+    found = _PARAMETER.findall(last)
+    if len(found) < 3:
+        lines, found = [*lines, last], []
+    prompt: list[str] = []
+    negative: list[str] = []
+    target = prompt
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            target, line = negative, line.removeprefix("Negative prompt:").strip()
+        target.append(line)
+    known = {key: _unquoted(value.strip()) for key, value in found}
+    return Infotext("\n".join(prompt).strip(), "\n".join(negative).strip(), known)
+
+
+def request_from_record(known: dict[str, Any], **pictures: Any) -> Request:
+    """The request that a picture of ours was made from.
+
+    Args:
+        known: our record.
+        pictures: `image` and `mask_image`, for a picture that was made from others.
+    """
+    return Request(**known["request"], **{k: v for k, v in pictures.items() if v is not None})
+
+
+def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, list[str]]:
+    """The nearest request to a WebUI picture, and what of it cannot be reproduced.
+
+    Args:
+        info: the infotext, taken apart.
+        pictures: `image` and `mask_image`, for a picture that was made from others.
+    """
+    left = dict(info.fields)
+    notes = []
+    options: dict[str, Any] = {"prompt": info.prompt}
+    if info.negative_prompt:
+        options["negative_prompt"] = info.negative_prompt
+    for name, (key, kind) in {
+        "num_inference_steps": ("Steps", int),
+        "guidance_scale": ("CFG scale", float),
+        "seed": ("Seed", int),
+        "strength": ("Denoising strength", float),
+        "mask_blur": ("Mask blur", int),
+    }.items():
+        if key in left:
+            value = left.pop(key)
+            try:
+                options[name] = kind(value)
+            except ValueError:
+                notes.append(f"{key} {value!r} is not a number")
+    if "strength" in options and pictures.get("image") is None:
+        notes.append("it was made from another picture (give it with --image)")
+        options.pop("strength")
+    if "mask_blur" in options and pictures.get("mask_image") is None:
+        options.pop("mask_blur")
+    if size := re.fullmatch(r"(\d+)x(\d+)", left.pop("Size", "")):
+        options |= {"width": int(size[1]), "height": int(size[2])}
+    if sampler := left.pop("Sampler", None):
+        name = " ".join([sampler, left.pop("Schedule type", "Automatic")])
+        try:
+            options["scheduler"] = str(schedulers.parse(name))
+        except InvalidRequest:
+            notes.append(f"the sampler {name!r} is not known here; the model's own is used")
+    if left.pop("RNG", None) != "CPU":
+        notes.append("its noise was drawn on a GPU, or by another program")
+    for key in ("Model", "Model hash", "Version"):
+        left.pop(key, None)
+    if re.search(r"(?<!\\)[(\[<]", info.prompt):
+        notes.append("weights and <...> in its prompt are read as plain text")
+    notes += [f"{key}: {value}" for key, value in left.items()]
+    return Request(**options, **{k: v for k, v in pictures.items() if v is not None}), notes
+
+
+def differences(known: dict[str, Any], result: Result) -> list[str]:
+    """Why a picture made again from `known` may differ from the first one."""
+    notes = []
+    if known["model"]["hash"] != result.model.hash():
+        then, now = known["model"]["hash"], result.model.hash()
+        notes.append(f"another model: {known['model']['name']} ({then}), now {now}")
+    for name, now in versions().items():
+        if (then := known["versions"].get(name)) != now:
+            notes.append(f"{name} was {then}, is {now}")
+    for name, now in result.settings.items():
+        if (then := known["settings"].get(name)) != now:
+            notes.append(f"{name} was {then}, is {now}")
+    for name, then in known["pictures"].items():
+        if fingerprint(getattr(result.request, name)) != then:
+            notes.append(f"{name} is not the picture that it was made from")
+    return notes
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def _unquoted(text: str) -> str:
+    if text.startswith('"') and text.endswith('"'):
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            return text
+    return text
+
+
+def _user_comment(value: bytes | str | Sequence[int]) -> str:
+    if isinstance(value, str):
+        return value
+    value = bytes(value)
+    if not value.startswith(_UNICODE):
+        return value[8:].decode("utf-8", "replace").strip("\0")
+    body = value.removeprefix(_UNICODE)
+    orders = [body.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
+    return max(orders, key=lambda text: sum(letter.isascii() for letter in text))

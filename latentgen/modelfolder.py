@@ -1,0 +1,254 @@
+"""What a model says about itself before any of its weights are read.
+
+A model is a folder in the diffusers layout, the id of such a folder on the Hugging Face hub, or a
+single `.safetensors` checkpoint. This module finds it, refuses what is not one, and reads its JSON
+files: sizes, defaults, the scheduler's configuration. It never imports torch, so that a wrong
+request is answered at once.
+
+A folder may bring `latentgen.json` beside `model_index.json` with defaults of its own:
+`num_inference_steps`, `guidance_scale`, `scheduler`, `height`, `width`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidRequest
+
+__all__ = ["DEFAULT_MODEL", "Model", "bundled_models", "cached_models", "find", "read_json"]
+
+_BUNDLED = Path(__file__).parent / "models"
+DEFAULT_MODEL = str(_BUNDLED / "latentgen-icons-128")
+
+# Pipelines of diffusers with the components and the loop that this package draws with.
+_KINDS = {
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentDiffusion",
+}
+_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+_WEIGHTS = ("vae", "text_encoder", "unet")
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+_CONVERT = (
+    "pickle files can run code when opened and are never read; convert it once with "
+    "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')` "
+    "or look for a .safetensors version"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found, and its facts.
+
+    Attributes:
+        name: what to call it: the name of its folder or file, or its hub id.
+        path: its folder or file here; for a hub id, only JSON files are sure to be there.
+        hub_id: the id on the hub, if that is where it comes from.
+        revision: the revision on the hub that was asked for.
+        vae_scale_factor: pixels for each latent, along a side.
+        height, width: the size it was trained for, in pixels.
+        num_inference_steps, guidance_scale, scheduler: its defaults; scheduler None is its own.
+        scheduler_class: the class of its own scheduler in diffusers, where that is known.
+        sees_mask: its U-Net has nine input channels and was trained for inpainting alone.
+    """
+
+    name: str
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+    vae_scale_factor: int = 8
+    height: int = 512
+    width: int = 512
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    scheduler_class: str = ""
+    sees_mask: bool = False
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.path.is_file()
+
+    def weight_file(self) -> Path | None:
+        """The file that names the model's hash: the checkpoint, or the U-Net's first file."""
+        if self.is_single_file:
+            return self.path
+        return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
+
+    def hash(self) -> str | None:
+        """The first 10 hex digits of the SHA-256 of `weight_file()`, as the WebUI counts."""
+        file = self.weight_file()
+        return None if file is None else _sha256(file, file.stat().st_mtime_ns)[:10]
+
+
+def find(model: str | Path, revision: str | None = None) -> Model:
+    """Find a model and check everything about it that can be checked without its weights.
+
+    Args:
+        model: a folder, a `.safetensors` file, or a hub id such as `someone/some-model`. The hub is
+            asked only for JSON files here, and not at all under `HF_HUB_OFFLINE=1`.
+        revision: a branch, tag or commit on the hub.
+
+    Raises:
+        InvalidRequest: there is no such model, it is damaged, of another kind, or a pickle.
+    """
+    path = Path(model).expanduser()
+    if path.suffix.lower() in _PICKLES:
+        raise InvalidRequest("model", str(model), _CONVERT)
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise InvalidRequest("model", str(model), "a checkpoint must be a .safetensors file")
+        _check_safetensors(path)
+        return Model(path.stem, path)
+    if path.is_dir():
+        return _from_folder(path, path.resolve().name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise InvalidRequest(
+            "model",
+            str(model),
+            "no such folder or file; give a folder with a model_index.json, a .safetensors file "
+            "or a hub id such as someone/some-model",
+        )
+    return _from_folder(_fetch_json(str(model), revision), str(model), str(model), revision)
+
+
+def bundled_models() -> list[Model]:
+    """The models that come with the package."""
+    return [find(index.parent) for index in sorted(_BUNDLED.glob("*/model_index.json"))]
+
+
+def cached_models() -> list[Model]:
+    """The models in the hub library's cache that this package can draw with."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = scan_cache_dir()
+    except CacheNotFound:
+        return []
+    models = []
+    for repo in cached.repos:
+        for revision in repo.revisions:
+            try:
+                models.append(_from_folder(revision.snapshot_path, repo.repo_id, repo.repo_id))
+            except InvalidRequest:
+                continue  # something else, or not complete
+            break
+    return models
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InvalidRequest: the file is missing or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("model", str(path), f"cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest("model", str(path), "must hold a JSON object")
+    return content
+
+
+def _from_folder(
+    path: Path, name: str, hub_id: str | None = None, revision: str | None = None
+) -> Model:
+    if not (path / "model_index.json").is_file():
+        raise InvalidRequest(
+            "model", str(path), "not a model folder: it has no model_index.json (diffusers layout)"
+        )
+    index = read_json(path / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _KINDS:
+        raise InvalidRequest(
+            "model", str(path), f"a {kind}; latentgen draws with models of Stable Diffusion 1 and 2"
+        )
+    for part in _PARTS:
+        config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+        config = "scheduler_config.json" if part == "scheduler" else config
+        if not (path / part / config).is_file():
+            raise InvalidRequest("model", str(path), f"its {part}/{config} is missing")
+    if hub_id is None:
+        for part in _WEIGHTS:
+            _check_weights(path / part)
+
+    vae = read_json(path / "vae" / "config.json")
+    unet = read_json(path / "unet" / "config.json")
+    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    sample = unet.get("sample_size") or 64
+    rows, columns = sample if isinstance(sample, list) else (sample, sample)
+    facts = {
+        "vae_scale_factor": factor,
+        "height": rows * factor,
+        "width": columns * factor,
+        "scheduler_class": read_json(path / "scheduler" / "scheduler_config.json")["_class_name"],
+        "sees_mask": unet.get("in_channels") == 9,
+    }
+    own = path / "latentgen.json"
+    if own.is_file():
+        facts |= _own_defaults(own)
+    return Model(name, path, hub_id, revision, **facts)
+
+
+def _own_defaults(path: Path) -> dict[str, Any]:
+    known = {"num_inference_steps", "guidance_scale", "scheduler", "height", "width"}
+    own = read_json(path)
+    if unknown := sorted(own.keys() - known):
+        raise InvalidRequest("model", str(path), f"does not know {unknown}; knows {sorted(known)}")
+    return own
+
+
+def _fetch_json(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json"]))
+    except LocalEntryNotFoundError as error:
+        raise InvalidRequest(
+            "model", hub_id, "not on this machine, and the hub is out of reach (or HF_HUB_OFFLINE)"
+        ) from error
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidRequest("model", hub_id, f"the hub says: {reason}") from error
+    except OSError as error:
+        raise InvalidRequest("model", hub_id, f"the hub is out of reach: {error}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [file for file in folder.iterdir() if file.suffix.lower() in _PICKLES]
+        hint = _CONVERT if pickles else "its weights are missing: no .safetensors file there"
+        raise InvalidRequest("model", str(pickles[0] if pickles else folder), hint)
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Read the header and hold it against the size of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InvalidRequest(
+            "model", str(file), f"damaged or not a safetensors file ({error}); fetch it again"
+        ) from error
+
+
+@cache
+def _sha256(file: Path, mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

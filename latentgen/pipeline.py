@@ -1,0 +1,537 @@
+"""The way from a request to pictures.
+
+    request -> tokens -> prompt embeddings -> starting latents -> the denoising loop -> decode
+
+`LatentDiffusion` is a diffusers pipeline (VAE, text encoder, U-Net, scheduler), so loading, saving,
+LoRA, textual inversion and offloading are diffusers'. The drawing is ours: text-to-image,
+image-to-image and inpainting are one method, `_draw`, and differ only in the data they hand to the
+loop in `denoise.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import (
+    FromSingleFileMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
+from PIL import Image
+from torch import Tensor
+
+from . import images, latents, modelfolder, schedulers
+from .conditioning import MaskBlend, inpainting_channels, latent_mask
+from .denoise import Denoised, accepted, denoise
+from .errors import InvalidRequest
+from .guidance import guidance_embedding
+from .modelfolder import DEFAULT_MODEL, Model
+from .request import Request, ResolvedRequest
+from .text import encode_prompts
+
+ATTENTIONS = ("sdpa", "xformers", "sliced")
+
+__all__ = ["ATTENTIONS", "LatentDiffusion", "Result", "Step", "generate", "img2img", "inpaint"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures of one call.
+
+    Attributes:
+        images: a list of PIL images, or what `output_type` asked for.
+        seeds: the seed of each picture; `num_images=1, seed=seeds[k]` starts from the same noise.
+        request: the request with all defaults filled in.
+        model: what drew them.
+        settings: device, dtype and attention they were drawn with.
+        seconds: how long it took, loading not counted.
+    """
+
+    images: Any
+    seeds: list[int]
+    request: ResolvedRequest
+    model: Model
+    settings: dict[str, str]
+    seconds: float
+
+    @property
+    def image(self) -> Any:
+        """The first picture."""
+        return self.images[0]
+
+    def save(self, path: str | Path, quality: int | None = None) -> list[Path]:
+        """Write the pictures with their metadata; several are numbered: apple-1.png, apple-2.png.
+
+        Args:
+            path: its ending says the format: .png, .jpg, .jpeg, .webp, .avif or .gif.
+            quality: 1 to 100, for the formats that lose detail.
+
+        Returns:
+            The paths written.
+        """
+        from .metadata import save_result
+
+        return save_result(self, path, quality)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a drawing under way.
+
+    Attributes:
+        index: which step this was, from 0.
+        total: how many there are; one for each call of the U-Net.
+        result: None until the last step, which brings the finished pictures.
+    """
+
+    index: int
+    total: int
+    result: Result | None = None
+    _preview: Callable[[int], Image.Image] = field(kw_only=True, repr=False)
+
+    def preview(self, index: int = 0) -> Image.Image:
+        """Picture `index` as the model imagines it now, decoded on demand."""
+        return self._preview(index)
+
+
+class LatentDiffusion(
+    DiffusionPipeline,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+    FromSingleFileMixin,
+):
+    """A Stable Diffusion model, ready to draw.
+
+    Make one with `from_pretrained` or `from_single_file`, or from components in memory, which may
+    be of any size. It holds no state between calls: several threads may draw with it at once.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+        )
+        self.register_to_config(requires_safety_checker=False)
+        self.attention = "sdpa"
+        self.model = self._describe()
+
+    # Loading and saving.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        attention: str | None = None,
+        revision: str | None = None,
+    ) -> LatentDiffusion:
+        """Load a model.
+
+        Args:
+            model: a folder in the diffusers layout, a hub id, or a `.safetensors` checkpoint.
+            device: "cuda", "mps", "cpu"; None takes the best there is.
+            dtype: "float32", "float16", "bfloat16"; None is float16 on CUDA and float32 elsewhere.
+            attention: "sdpa" (torch's own; the default), "xformers" or "sliced" (less memory).
+            revision: a branch, tag or commit on the hub.
+
+        Raises:
+            InvalidRequest: the model is missing, damaged, of another kind or a pickle, or the
+                machine has no such device or attention.
+        """
+        found = modelfolder.find(model, revision)
+        if found.is_single_file:
+            return cls.from_single_file(found.path, device, dtype, attention)
+        device, dtype = _pick(device, dtype, attention)
+        pipe = _quietly(
+            super().from_pretrained,
+            str(found.path) if found.hub_id is None else found.hub_id,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+        )
+        return pipe._settle(found, device, attention)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        attention: str | None = None,
+        config: str | Path | None = None,
+    ) -> LatentDiffusion:
+        """Load a checkpoint that holds a whole Stable Diffusion model in one `.safetensors` file.
+
+        Args:
+            path: the file; its other arguments are those of `from_pretrained`.
+            config: a model folder (or hub id) with the configurations and the tokenizer, which such
+                files do not hold. None fetches the usual one for its kind from the hub, once.
+        """
+        found = modelfolder.find(path)
+        if not found.is_single_file:
+            raise InvalidRequest("path", str(path), "not a file; from_pretrained loads folders")
+        device, dtype = _pick(device, dtype, attention)
+        try:
+            pipe = _quietly(
+                super().from_single_file,
+                str(found.path),
+                dtype=dtype,
+                config=None if config is None else str(config),
+                safety_checker=None,
+                feature_extractor=None,
+                image_encoder=None,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            hint = (
+                f"cannot be read as a Stable Diffusion checkpoint ({reason}); if this machine is "
+                "offline, name a model folder of the same kind as config"
+            )
+            raise InvalidRequest("path", str(path), hint) from error
+        return pipe._settle(None, device, attention, name=found.name, path=found.path)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Save as a folder that every program of the field loads as a Stable Diffusion model."""
+        _quietly(super().save_pretrained, save_directory, **kwargs)
+        index = Path(save_directory) / "model_index.json"
+        text = index.read_text("utf-8")
+        index.write_text(text.replace('"LatentDiffusion"', '"StableDiffusionPipeline"'), "utf-8")
+
+    def _settle(self, found: Model | None, device, attention: str | None, **facts):
+        self.to(device)
+        if attention == "xformers":
+            self.enable_xformers_memory_efficient_attention()
+        elif attention == "sliced":
+            self.enable_attention_slicing()
+        self.attention = attention or "sdpa"
+        self.model = found if found is not None else self._describe(**facts)
+        return self
+
+    def _describe(self, name: str = "in memory", path: Path = Path()) -> Model:
+        """The facts of a model that did not come from a folder."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        sample = self.unet.config.sample_size or 64
+        rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
+        return Model(
+            name,
+            path,
+            vae_scale_factor=factor,
+            height=rows * factor,
+            width=columns * factor,
+            scheduler_class=type(self.scheduler).__name__,
+            sees_mask=self.unet.config.in_channels == 9,
+        )
+
+    # Drawing.
+
+    def generate(self, prompt, negative_prompt=None, **options) -> Result:
+        """Draw pictures from text.
+
+        Args:
+            prompt: a text or a list of texts.
+            negative_prompt: what to keep away from: one text, or one for each prompt.
+            options: the other fields of `latentgen.request.Request`: num_inference_steps,
+                guidance_scale, scheduler, seed, num_images, height, width, eta, guidance_rescale,
+                output_type.
+
+        Raises:
+            InvalidRequest: names the field, its value and what would work.
+            DecodeError: the model drew black or values that are not finite.
+        """
+        return _last(self.stream(prompt, negative_prompt, **options))
+
+    def img2img(self, prompt, image, **options) -> Result:
+        """Redraw a picture.
+
+        Args:
+            prompt: a text or a list of texts.
+            image: a PIL image, an array or a path.
+            options: as for `generate`, and `strength` from 0 to 1 (default 0.8), which runs the
+                last `int(num_inference_steps * strength)` steps.
+        """
+        return self.generate(prompt, image=_given("image", image), **options)
+
+    def inpaint(self, prompt, image, mask_image, **options) -> Result:
+        """Repaint the white part of the mask; every other pixel comes back byte for byte.
+
+        Args:
+            prompt: a text or a list of texts.
+            image: a PIL image, an array or a path.
+            mask_image: the same size as `image`; white = repaint.
+            options: as for `generate`; `strength` (default 1: the repainted part starts from pure
+                noise); `mask_blur`, the width in pixels of a soft edge inside the mask.
+        """
+        mask_image = _given("mask_image", mask_image)
+        return self.img2img(prompt, image, mask_image=mask_image, **options)
+
+    def __call__(self, prompt, negative_prompt=None, **options) -> Result:
+        """The same as `generate`."""
+        return self.generate(prompt, negative_prompt, **options)
+
+    def stream(self, prompt, negative_prompt=None, **options) -> Iterator[Step]:
+        """Draw step by step; leave the loop to cancel.
+
+        Args:
+            options: the fields of `Request`; `image` makes it img2img, `mask_image` inpainting.
+
+        Returns:
+            An iterator of `Step`; the last one's `result` holds the pictures. The request is
+            checked before it is returned.
+        """
+        return self.draw(Request(prompt=prompt, negative_prompt=negative_prompt, **options))
+
+    def draw(self, request: Request) -> Iterator[Step]:
+        """`stream`, for a request that is made already."""
+        return self._draw(request.resolve(self.model))
+
+    def _draw(self, request: ResolvedRequest) -> Iterator[Step]:
+        started = time.perf_counter()
+        generators = latents.make_generators(request.seeds)
+        embeds, guidance_scale, unet_kwargs = self._encode_prompts(request)
+        scheduler = schedulers.create(request.scheduler, self._scheduler_config())
+        timesteps = schedulers.plan(
+            scheduler,
+            request.scheduler,
+            request.num_inference_steps,
+            request.strength,
+            self._execution_device,
+        )
+        start, extra_channels, blend = self._start(request, scheduler, timesteps, generators)
+
+        for step in denoise(
+            self.unet,
+            scheduler,
+            timesteps,
+            start,
+            embeds,
+            guidance_scale=guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            extra_channels=extra_channels,
+            blend=blend,
+            unet_kwargs=unet_kwargs,
+            step_kwargs=accepted(scheduler.step, generator=generators, eta=request.eta),
+        ):
+            result = None
+            if step.index == step.total - 1:
+                finished = self._output(request, step.latents)
+                seconds = time.perf_counter() - started
+                settings = {
+                    "device": self._execution_device.type,
+                    "dtype": str(self.unet.dtype).removeprefix("torch."),
+                    "attention": self.attention,
+                }
+                result = Result(finished, request.seeds, request, self.model, settings, seconds)
+                self.maybe_free_model_hooks()
+            yield Step(step.index, step.total, result, _preview=self._previewer(step))
+
+    @torch.inference_mode()
+    def _encode_prompts(self, request: ResolvedRequest):
+        """Embeddings (B or 2B, tokens, dim), the scale of guidance or None, U-Net arguments."""
+        unet_kwargs: dict[str, Any] = {}
+        embedding_size = self.unet.config.time_cond_proj_dim
+        guided = request.guidance_scale > 1 and embedding_size is None
+        negatives = request.negative_prompt or [""] * len(request.prompt)
+        positive, negative = encode_prompts(
+            self.tokenizer,
+            self.text_encoder,
+            [self.maybe_convert_prompt(text, self.tokenizer) for text in request.prompt],
+            [self.maybe_convert_prompt(text, self.tokenizer) for text in negatives if guided],
+        )
+        embeds = positive.repeat_interleave(request.num_images, dim=0)
+        if guided:
+            embeds = torch.cat([negative.repeat_interleave(request.num_images, dim=0), embeds])
+        if embedding_size is not None:
+            embedding = guidance_embedding(request.guidance_scale, len(embeds), embedding_size)
+            unet_kwargs["timestep_cond"] = embedding.to(embeds)
+        embeds = embeds.to(self.unet.dtype)
+        return embeds, request.guidance_scale if guided else None, unet_kwargs
+
+    @torch.inference_mode()
+    def _start(self, request: ResolvedRequest, scheduler, timesteps: Tensor, generators):
+        """Starting latents (B, C, H/8, W/8), extra U-Net channels, the blend after each step.
+
+        Every picture draws from its own generator in the order of diffusers' pipelines: the
+        posterior of the picture, the starting noise, the posterior of the masked picture.
+        """
+        factor = self.model.vae_scale_factor
+        shape = (
+            self.vae.config.latent_channels,
+            request.height // factor,
+            request.width // factor,
+        )
+        like = torch.empty(0, dtype=self.unet.dtype, device=self._execution_device)
+        if request.mode != "inpaint":
+            if request.mode == "txt2img":
+                noise = latents.draw_noise(generators, shape, like)
+                return noise * scheduler.init_noise_sigma, None, None
+            encoded = latents.encode(self.vae, images.to_tensor(request.image), generators)
+            noise = latents.draw_noise(generators, shape, like)
+            return scheduler.add_noise(encoded.to(like), noise, timesteps[:1]), None, None
+
+        picture = images.to_tensor(request.image)
+        pixel_mask = images.to_tensor(request.mask_image)
+        mask = latent_mask(pixel_mask, *shape[1:]).to(like)
+        original: Tensor | None = None
+        if not self.model.sees_mask or request.strength != 1.0:
+            original = latents.encode(self.vae, picture, generators).to(like)
+        noise = latents.draw_noise(generators, shape, like)
+        if request.strength == 1.0:
+            start = noise * scheduler.init_noise_sigma
+        else:
+            start = scheduler.add_noise(original, noise, timesteps[:1])
+        if self.model.sees_mask:
+            masked = latents.encode(self.vae, picture * (pixel_mask < 0.5), generators).to(like)
+            return start, inpainting_channels(mask, masked), None
+        if latents.has_posterior(self.vae):
+            latents.draw_noise(generators, shape, like)  # diffusers samples the masked picture too
+        return start, None, MaskBlend(original, noise, mask)
+
+    def _output(self, request: ResolvedRequest, finished: Tensor) -> Any:
+        """Decoded pictures in the form that `output_type` asks for."""
+        if request.output_type == "latent":
+            return finished.clone()  # an ordinary tensor, not one of inference mode
+        pixels = latents.decode(self.vae, finished)  # (B, 3, H, W)
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        if request.mode == "inpaint":
+            array = images.composite(request.image, array, request.mask_image, request.mask_blur)
+        match request.output_type:
+            case "pil":
+                return images.to_pil(array)
+            case "np":
+                return array
+            case _:
+                return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+    def _previewer(self, step: Denoised) -> Callable[[int], Image.Image]:
+        def preview(index: int) -> Image.Image:
+            pixels = latents.decode_unchecked(self.vae, step.estimate()[index : index + 1])
+            return images.to_pil(pixels.permute(0, 2, 3, 1).cpu().numpy())[0]
+
+        return preview
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        """The model's scheduler configuration, with the two repairs that diffusers makes too.
+
+        Old configurations have `steps_offset` 0 and clip the sample; Stable Diffusion was trained
+        for neither.
+        """
+        config = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
+        repairs = {"steps_offset": 1, "clip_sample": False}
+        return {**config, **{key: value for key, value in repairs.items() if key in config}}
+
+
+def generate(prompt, negative_prompt=None, **options) -> Result:
+    """Draw with the bundled model; the arguments of `LatentDiffusion.generate`."""
+    request = Request(prompt=prompt, negative_prompt=negative_prompt, **options)
+    request = request.resolve(modelfolder.find(DEFAULT_MODEL))  # refused before weights are read
+    return _last(_bundled().draw(request))
+
+
+def img2img(prompt, image, **options) -> Result:
+    """Redraw a picture with the bundled model; the arguments of `LatentDiffusion.img2img`."""
+    return generate(prompt, image=_given("image", image), **options)
+
+
+def inpaint(prompt, image, mask_image, **options) -> Result:
+    """Repaint with the bundled model; the arguments of `LatentDiffusion.inpaint`."""
+    return img2img(prompt, image, mask_image=_given("mask_image", mask_image), **options)
+
+
+def _last(steps: Iterator[Step]) -> Result:
+    *_, last = steps
+    assert last.result is not None
+    return last.result
+
+
+@cache
+def _bundled() -> LatentDiffusion:
+    return LatentDiffusion.from_pretrained(DEFAULT_MODEL)
+
+
+def _given(name: str, picture: Any) -> Any:
+    if picture is None:
+        raise InvalidRequest(name, None, "give a PIL image, an array or a path")
+    return picture
+
+
+def _pick(
+    device: str | torch.device | None, dtype: torch.dtype | str | None, attention: str | None
+) -> tuple[torch.device, torch.dtype]:
+    """Check what the machine is asked for and fill in the best it has."""
+    if device is None:
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else best
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidRequest("device", str(device), f"not on this machine ({reason})") from error
+    if dtype is None:
+        dtype = torch.float16 if picked.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        dtype = {
+            "float32": torch.float32,
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
+        }.get(dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidRequest("dtype", dtype, "float32, float16 or bfloat16")
+    if attention not in (None, *ATTENTIONS):
+        raise InvalidRequest("attention", attention, f"one of {', '.join(ATTENTIONS)}")
+    if attention == "xformers" and (picked.type != "cuda" or find_spec("xformers") is None):
+        hint = "needs an NVIDIA GPU and `pip install 'latentgen[xformers]'`; sdpa works everywhere"
+        raise InvalidRequest("attention", attention, hint)
+    return picked, dtype
+
+
+def _quietly(work: Callable, *args, **kwargs):
+    """Load or save without the libraries' progress bars and advice: errors still come through."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        return work(*args, **kwargs)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()

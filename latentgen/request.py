@@ -1,0 +1,260 @@
+"""What can be asked for: every default and every check, once.
+
+A `Request` is frozen and valid from the moment it exists. It goes through two stages, neither of
+which reads weights or imports torch: `Request(...)` checks what can be checked without a model, and
+`request.resolve(model)` fills in what was left to the model, draws a seed if none was given, and
+checks the rest. What the pipeline sees, a `ResolvedRequest`, has no open questions.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from PIL import Image
+
+from . import schedulers
+from .errors import InvalidRequest
+from .images import load_image, load_mask
+from .modelfolder import Model
+
+__all__ = [
+    "MAX_IMAGES",
+    "MAX_SEED",
+    "MAX_SIDE",
+    "MAX_STEPS",
+    "OUTPUT_TYPES",
+    "Request",
+    "ResolvedRequest",
+]
+
+MAX_SIDE = 4096  # pixels
+MAX_STEPS = 1000
+MAX_IMAGES = 64
+MAX_SEED = 2**63 - 1
+_TAKE_ETA = {entry.cls for entry in schedulers.NAMES.values() if entry.eta}
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of the pipeline; the names are diffusers'.
+
+    Attributes:
+        prompt: one text, or a list of texts.
+        negative_prompt: what to keep away from: one text for all, or one for each prompt.
+        num_inference_steps: length of the schedule, before `strength`; 1 to 1000.
+        guidance_scale: how strongly to follow the prompt; 1 = not at all guided.
+        scheduler: a name that `latentgen.schedulers.parse` understands; None: the model's own.
+        seed: picture i is drawn from `seed + i`; None draws one.
+        num_images: pictures for each prompt.
+        height, width: in pixels; an input picture of another size is resized to it.
+        eta: 0 to 1, DDIM's randomness (arXiv 2010.02502); for ddim and tcd.
+        guidance_rescale: 0 to 1, arXiv 2305.08891, section 3.4.
+        output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
+        image: the picture to start from, for img2img and inpainting.
+        mask_image: white = repaint; needs `image` and makes it inpainting.
+        strength: 0 to 1, how much of the schedule to run: `int(num_inference_steps * strength)`.
+        mask_blur: width in pixels of a soft edge inside the mask.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    seed: int | None = None
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    eta: float = 0.0
+    guidance_rescale: float = 0.0
+    output_type: str = "pil"
+    image: Any = field(default=None, repr=False)
+    mask_image: Any = field(default=None, repr=False)
+    strength: float | None = None
+    mask_blur: int = 0
+
+    def __post_init__(self) -> None:
+        prompts = _texts("prompt", self.prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise InvalidRequest(
+                "prompt", self.prompt, "say what to draw, for example 'a red apple'"
+            )
+        self._set("prompt", prompts)
+        if self.negative_prompt is not None:
+            negatives = _texts("negative_prompt", self.negative_prompt)
+            if isinstance(self.negative_prompt, str):
+                negatives = negatives * len(prompts)
+            if len(negatives) != len(prompts):
+                hint = f"one text, or as many as there are prompts ({len(prompts)})"
+                raise InvalidRequest("negative_prompt", self.negative_prompt, hint)
+            self._set("negative_prompt", negatives)
+
+        self._integer("num_inference_steps", 1, MAX_STEPS)
+        self._integer("num_images", 1, MAX_IMAGES)
+        if self.num_images * len(prompts) > MAX_IMAGES:
+            total = self.num_images * len(prompts)
+            hint = f"{total} pictures in one call; at most {MAX_IMAGES}: make several calls"
+            raise InvalidRequest("num_images", self.num_images, hint)
+        self._integer("seed", 0, MAX_SEED - MAX_IMAGES)
+        self._integer("height", 1, MAX_SIDE)
+        self._integer("width", 1, MAX_SIDE)
+        self._integer("mask_blur", 0, 256)
+        self._number("guidance_scale", 1, 1000)
+        self._number("guidance_rescale", 0, 1)
+        self._number("eta", 0, 1)
+        self._number("strength", 0, 1)
+        if self.output_type not in OUTPUT_TYPES:
+            raise InvalidRequest("output_type", self.output_type, f"one of {OUTPUT_TYPES}")
+
+        if self.scheduler is not None:
+            name = schedulers.parse(self.scheduler)
+            if self.eta and not name.entry.eta:
+                able = " and ".join(key for key, entry in schedulers.NAMES.items() if entry.eta)
+                raise InvalidRequest("eta", self.eta, f"{name} takes no eta; {able} do")
+            self._set("scheduler", str(name))
+        self._take_pictures()
+
+    def _take_pictures(self) -> None:
+        if self.image is None:
+            for name in ("mask_image", "strength"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest(name, getattr(self, name), "goes with an image; give one")
+        else:
+            self._set("image", load_image(self.image))
+        if self.mask_image is None:
+            if self.mask_blur:
+                raise InvalidRequest("mask_blur", self.mask_blur, "goes with a mask_image")
+            return
+        self._set("mask_image", load_mask(self.mask_image))
+        if self.mask_image.size != self.image.size:
+            hint = f"must have the size of the image, {self.image.width} x {self.image.height}"
+            size = f"{self.mask_image.width} x {self.mask_image.height}"
+            raise InvalidRequest("mask_image", size, hint)
+
+    def resolve(self, model: Model) -> ResolvedRequest:
+        """The same request with every open question answered for `model`.
+
+        Raises:
+            InvalidRequest: a size that the VAE's factor does not divide, or a strength that leaves
+                no step to run.
+        """
+        if model.sees_mask and self.mode != "inpaint":
+            hint = "an inpainting model (nine input channels): give an image and a mask_image"
+            raise InvalidRequest("model", model.name, hint)
+        chosen: dict[str, Any] = {}
+        for name in ("num_inference_steps", "guidance_scale", "scheduler"):
+            if getattr(self, name) is None:
+                chosen[name] = getattr(model, name)
+        if self.seed is None:
+            chosen["seed"] = secrets.randbelow(2**32)
+        size = (model.width, model.height) if self.image is None else self.image.size
+        width = self.width if self.width is not None else size[0]
+        height = self.height if self.height is not None else size[1]
+        for name, value in (("height", height), ("width", width)):
+            _check_side(name, value, model.vae_scale_factor)
+        chosen |= {"width": width, "height": height}
+        if self.image is not None and self.image.size != (width, height):
+            chosen["image"] = self.image.resize((width, height), Image.Resampling.LANCZOS)
+            if self.mask_image is not None:
+                nearest = Image.Resampling.NEAREST
+                chosen["mask_image"] = self.mask_image.resize((width, height), nearest)
+        if self.image is not None and self.strength is None:
+            chosen["strength"] = 0.8 if self.mask_image is None else 1.0
+        asked = {item.name: getattr(self, item.name) for item in fields(self)}
+        resolved = ResolvedRequest(**{**asked, **chosen})
+
+        if resolved.strength is not None and resolved.steps_run == 0:
+            steps = resolved.num_inference_steps
+            least = min(1.0, math.ceil(100 / steps) / 100)
+            hint = f"leaves none of the {steps} steps to run; give at least {least:g} or more steps"
+            raise InvalidRequest("strength", resolved.strength, hint)
+        if self.eta and resolved.scheduler is None and model.scheduler_class not in _TAKE_ETA:
+            hint = f"the model's own {model.scheduler_class} takes no eta; scheduler='ddim' does"
+            raise InvalidRequest("eta", self.eta, hint)
+        if resolved.guidance_scale == 1:
+            for name in ("negative_prompt", "guidance_rescale"):
+                if getattr(self, name):
+                    warnings.warn(f"{name} has no effect with guidance_scale 1", stacklevel=2)
+        return resolved
+
+    @property
+    def mode(self) -> Literal["txt2img", "img2img", "inpaint"]:
+        """What kind of drawing this is."""
+        if self.image is None:
+            return "txt2img"
+        return "img2img" if self.mask_image is None else "inpaint"
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise InvalidRequest(name, value, f"a whole number from {low} to {high}")
+        if not low <= value <= high:
+            raise InvalidRequest(name, value, f"must lie between {low} and {high}")
+        self._set(name, value.__index__())
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+            raise InvalidRequest(name, value, f"a number from {low} to {high}")
+        if not low <= float(value) <= high:  # also catches NaN
+            off = "; 1 turns guidance off" if name == "guidance_scale" else ""
+            raise InvalidRequest(name, value, f"must lie between {low} and {high}{off}")
+        self._set(name, float(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest(Request):
+    """A request with every open question answered; made by `Request.resolve`.
+
+    A `scheduler` of None still means the model's own, which need not be in our table.
+    """
+
+    prompt: tuple[str, ...]
+    negative_prompt: tuple[str, ...] | None = None
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    height: int
+    width: int
+
+    @property
+    def steps_run(self) -> int:
+        """How many steps of the schedule a resolved request runs."""
+        strength = 1.0 if self.strength is None else self.strength
+        return int(self.num_inference_steps * strength)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture; all pictures of one prompt together."""
+        return [self.seed + i for i in range(len(self.prompt) * self.num_images)]
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
+        raise InvalidRequest(name, value, "a text or a list of texts")
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(name, value, "a text or a list of texts")
+    return tuple(texts)
+
+
+def _check_side(name: str, value: int, factor: int) -> None:
+    if value > MAX_SIDE:
+        raise InvalidRequest(name, value, f"at most {MAX_SIDE} pixels")
+    if value % factor or value < factor:
+        below = max(factor, value // factor * factor)
+        hint = f"must be a multiple of {factor}: {below} or {below + factor} would work"
+        raise InvalidRequest(name, value, hint)
