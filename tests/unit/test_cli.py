@@ -1,0 +1,222 @@
+"""The command line: what it writes, what it says, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import fakes
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from latentgen import LatentDiffusion, cli, metadata
+from latentgen.schedulers import NAMES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    LatentDiffusion(**fakes.components()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object, status: int = 0):
+        outcome = CliRunner().invoke(cli.app, [str(word) for word in words])
+        assert outcome.exit_code == status, outcome.output
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def drawn(run, model, tmp_path):
+    """A picture and a mask in the current folder."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 10:50] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return pixels, mask
+
+
+def test_generate_writes_pictures_a_sheet_and_an_animation(run, model, tmp_path):
+    outcome = run(
+        *("generate", "a cat", "-m", model, "--steps", 3, "--seed", 9, "-n", 4),
+        *("-o", "cat.png", "--grid", "--gif", "steps.gif"),
+    )
+    names = {"cat-1.png", "cat-2.png", "cat-3.png", "cat-4.png", "cat-grid.png", "steps.gif"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert Image.open("cat-grid.png").size == (128, 128)
+    assert Image.open("steps.gif").n_frames >= 3
+    assert "64 x 64, seeds 9 to 12" in outcome.stdout
+    solo = LatentDiffusion.from_pretrained(model).generate("a cat", seed=11, num_inference_steps=3)
+    difference = np.subtract(solo.image, Image.open("cat-3.png"), dtype=int)
+    assert abs(difference).max() <= 1  # another batch size, so another rounding
+
+
+def test_the_ending_decides_the_format_and_a_name_is_made_up(run, model, tmp_path):
+    run("generate", "A cat!", "-m", model, "--steps", 1, "--seed", 3)
+    run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.jpg")
+    run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.webp")
+    formats = {path.name: Image.open(path).format for path in tmp_path.iterdir()}
+    assert formats == {"a-cat-3.png": "PNG", "cat.jpg": "JPEG", "cat.webp": "WEBP"}
+
+
+def test_every_flag_reaches_the_request(run, model):
+    run(
+        *("generate", "a cat", "-m", model, "-o", "x.png", "--steps", 2, "--seed", 4),
+        *("--negative-prompt", "dog", "--guidance-scale", 3.5, "--scheduler", "ddim trailing"),
+        *("--height", 32, "--width", 48, "--eta", 0.5, "--guidance-rescale", 0.7, "-n", 1),
+    )
+    assert metadata.read("x.png").record["request"] == {
+        "prompt": ["a cat"],
+        "negative_prompt": ["dog"],
+        "num_inference_steps": 2,
+        "guidance_scale": 3.5,
+        "scheduler": "ddim trailing",
+        "seed": 4,
+        "num_images": 1,
+        "height": 32,
+        "width": 48,
+        "eta": 0.5,
+        "guidance_rescale": 0.7,
+        "mask_blur": 0,
+    }
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("scheduler", ["euler_a", "dpm++_2m karras"])
+def test_replay_of_our_own_picture_differs_by_nothing(run, model, ending, scheduler):
+    run(
+        *("generate", "a cat", "-m", model, "--steps", 3, "-n", 3, "--quality", 60),
+        *("--scheduler", scheduler, "-o", f"cat.{ending}"),
+    )
+    outcome = run("replay", f"cat-2.{ending}", "-m", model, "-o", "again.png")
+    assert "largest pixel difference: 0\n" in outcome.stdout
+    assert "not reproduced" not in outcome.stdout
+    if ending == "png":
+        assert np.array_equal(Image.open("again.png"), Image.open("cat-2.png"))
+
+
+def test_replay_notices_another_picture(run, model):
+    run("generate", "a cat", "-m", model, "--steps", 2, "-o", "cat.png")
+    found = metadata.read("cat.png")
+    known = json.loads(json.dumps(found.record))
+    known["versions"]["torch"] = "1.0"
+    changed = found.image.point(lambda value: min(255, value + 7))
+    data = metadata.encode(changed, "PNG", found.infotext, known, 95)
+    open("other.png", "wb").write(data)
+    outcome = run("replay", "other.png", "-m", model)
+    assert "largest pixel difference: 7" in outcome.stdout
+    assert "torch was 1.0" in outcome.stdout
+
+
+def test_inpainting_keeps_the_rest_and_replays_with_its_pictures(run, model, drawn):
+    pixels, mask = drawn
+    run("inpaint", "a dog", "in.png", "mask.png", "-m", model, "--steps", 2, "-o", "out.png")
+    painted = np.asarray(Image.open("out.png"))
+    assert np.array_equal(painted[mask == 0], pixels[mask == 0])
+    assert not np.array_equal(painted, pixels)
+
+    refused = run("replay", "out.png", "-m", model, status=2)
+    assert "--image FILE" in refused.stderr
+    again = ("replay", "out.png", "-m", model, "--mask-image", "mask.png", "--image")
+    assert "largest pixel difference: 0\n" in run(*again, "in.png").stdout
+    Image.new("RGB", (64, 64)).save("black.png")
+    assert "image is not the picture" in run(*again, "black.png").stdout
+
+
+def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
+    text = "a dog\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 64x64, "
+    text += "Denoising strength: 0.5, ENSD: 31337"
+    data = metadata.encode(Image.new("RGB", (64, 64)), "PNG", text, None, 95)
+    open("webui.png", "wb").write(data)
+    outcome = run("replay", "webui.png", "-m", model, "--image", "in.png")
+    assert "not reproduced: ENSD: 31337" in outcome.stdout
+    assert "not reproduced: its noise was drawn on a GPU" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generate", " "], "prompt"),
+        (["generate", "x", "--steps", "0"], "steps=0"),
+        (["generate", "x", "--width", "65"], "64 or 72"),
+        (["generate", "x", "--height", "99999"], "at most 4096|between 1 and 4096"),
+        (["generate", "x", "--guidance-scale", "nan"], "guidance-scale=nan"),
+        (["generate", "x", "--scheduler", "eulr"], "did you mean euler"),
+        (["generate", "x", "--seed", "-1"], "seed=-1"),
+        (["generate", "x", "-n", "1000"], "num-images=1000"),
+        (["generate", "x", "-o", "no/such/folder/x.png"], "cannot be written"),
+        (["generate", "x", "-o", "x.bmp"], "must end in"),
+        (["generate", "x", "-o", "."], "must end in"),
+        (["generate", "x", "--gif", "steps.mp4"], "must end in .gif"),
+        (["generate", "x", "-m", "no/such/model/here"], "no such folder"),
+        (["generate", "x", "-m", "model.ckpt"], "pickle"),
+        (["generate", "x", "--device", "tpu"], "device"),
+        (["generate", "x", "--attention", "xformers"], "latentgen[xformers]"),
+        (["img2img", "x", "nothing.png"], "no such file"),
+        (["img2img", "x", "in.png", "--strength", "0.001"], "leaves none"),
+        (["inpaint", "x", "in.png", "small.png"], "size of the image"),
+        (["replay", "in.png"], "carries no settings"),
+    ],
+)
+def test_wrong_words_get_one_line_and_status_2(run, model, drawn, words, told):
+    Image.new("L", (32, 32), 255).save("small.png")
+    named = words if "-m" in words or words[0] == "replay" else [*words, "-m", model]
+    outcome = run(*named, status=2)
+    lines = outcome.stderr.strip().split("\n")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert any(part in lines[0] for part in told.split("|")), lines[0]
+
+
+def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):
+    def interrupt(self, request):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(LatentDiffusion, "draw", interrupt)
+    outcome = run("generate", "a cat", "-m", model, "-o", "x.png", status=130)
+    assert "interrupted; nothing was written" in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_draws_nothing_ends_with_status_1(run, tmp_path):
+    parts = fakes.components()
+    for parameter in parts["unet"].parameters():
+        parameter.data.fill_(float("nan"))
+    LatentDiffusion(**parts).save_pretrained(tmp_path / "broken")
+    outcome = run("generate", "x", "-m", tmp_path / "broken", "-o", "x.png", status=1)
+    assert "not finite" in outcome.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_lists_name_everything(run):
+    told = run("schedulers").stdout
+    assert all(name in told for name in NAMES)
+    assert "latentgen-icons-128" in run("models").stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["generate", "--help"], ["generate", ""], ["generate", "x", "--steps", "zero"]],
+)
+def test_help_and_errors_in_the_arguments_do_not_import_torch(words):
+    code = (
+        "import sys; from latentgen import cli\n"
+        f"sys.argv = ['latentgen', *{words!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
