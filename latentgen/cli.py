@@ -159,9 +159,9 @@ def replay(
     attention: Attention = None,
 ) -> None:
     """Make a picture again from its own metadata, and say how far the copy is from it."""
-    from . import metadata
-
     with _reporting():
+        from . import metadata
+
         if output is not None:
             _check_output(output)
         found = metadata.read(picture)
@@ -175,8 +175,8 @@ def replay(
                     raise InvalidRequest(name, None, hint)
             request = metadata.request_from_record(known, **pictures)
             model = model or _recorded_model(known["model"])
-            dtype = dtype or known["settings"]["dtype"]
-            attention = attention or known["settings"]["attention"]
+            dtype = dtype or known["settings"].get("dtype")
+            attention = attention or known["settings"].get("attention")
         elif found.infotext:
             info = metadata.parse_infotext(found.infotext)
             request, notes = metadata.request_from_infotext(info, **pictures)
@@ -187,6 +187,8 @@ def replay(
 
         result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention)
         index, quality = (known["index"], known["quality"]) if known else (0, metadata.QUALITY)
+        if not 0 <= index < len(result.images):
+            raise InvalidRequest("picture", str(picture), "its record is damaged")
         if known is not None:
             notes += metadata.differences(known, result)
         for note in notes:
@@ -262,11 +264,11 @@ def _draw(
     **options: Any,
 ) -> None:
     """What generate, img2img and inpaint have in common."""
-    from . import metadata
-    from .images import contact_sheet
-    from .request import Request
-
     with _reporting():
+        from . import metadata
+        from .images import contact_sheet
+        from .request import Request
+
         if output is not None:
             _check_output(output)
         if gif is not None:
@@ -350,6 +352,9 @@ def _reporting() -> Iterator[None]:
             text = text.replace(error.field, _dashed(flag), 1)
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
+    except OSError as error:  # a full disk, a folder that went away
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
         raise typer.Exit(130) from None
@@ -403,11 +408,11 @@ def _recorded_model(known: dict[str, Any]) -> str:
     from .modelfolder import bundled_models
 
     for entry in bundled_models():
-        if entry.name == known["name"]:
+        if entry.name == known.get("name"):
             return str(entry.path)
-    if known["hub_id"]:
-        return known["hub_id"]
-    raise InvalidRequest("model", known["name"], "not bundled; say where it is with --model")
+    if known.get("hub_id"):
+        return str(known["hub_id"])
+    raise InvalidRequest("model", known.get("name"), "not bundled; say where it is with --model")
 
 
 def _distance(first, copy: bytes) -> int | str:

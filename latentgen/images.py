@@ -67,10 +67,10 @@ def to_tensor(image: Image.Image) -> Tensor:
     import torch
 
     array = np.asarray(image, dtype=np.float32) / 255.0
-    if array.ndim == 2:
-        return torch.from_numpy(array)[None, None]
+    array = array.reshape(image.height, image.width, -1)
     # Batch first, then transposed: the strides decide which convolution runs, and so the last bit.
-    return 2.0 * torch.from_numpy(array[None].transpose(0, 3, 1, 2)) - 1.0
+    tensor = torch.from_numpy(array[None].transpose(0, 3, 1, 2))
+    return tensor if image.mode == "L" else 2.0 * tensor - 1.0
 
 
 def composite(original: Image.Image, painted: np.ndarray, mask: Image.Image, mask_blur: int):
@@ -91,7 +91,7 @@ def composite(original: Image.Image, painted: np.ndarray, mask: Image.Image, mas
         alpha *= (2 * soft - 1).clip(0, 1)  # a straight edge has 0.5 under the blur
     alpha = alpha[None, :, :, None]
     below = np.asarray(original, dtype=np.float32)[None] / 255
-    return np.where(alpha > 0, below + alpha * (painted - below), below)
+    return alpha * painted + (1 - alpha) * below  # exact where alpha is 0 or 1
 
 
 def to_pil(pixels: np.ndarray) -> list[Image.Image]:

@@ -146,7 +146,9 @@ def infotext(result: Result, k: int) -> str:
     if request.scheduler is not None:
         name = schedulers.parse(request.scheduler)
         values["Sampler"] = name.entry.label
-        if spread := name.spread or name.spacing:
+        # Without a word, the WebUI would take its own "Automatic".
+        default = "uniform" if name.entry.spread_by_default else None
+        if spread := name.spread or name.spacing or default:
             values["Schedule type"] = {"trailing": "SGM Uniform"}.get(spread, spread.title())
     else:
         values["Sampler"] = result.model.scheduler_class
@@ -238,7 +240,7 @@ def read(path: str | Path) -> Picture:
         known = json.loads(packed) if packed else None
     except (ValueError, TypeError):  # a camera's own maker note
         known = None
-    if not (isinstance(known, dict) and "request" in known):
+    if not _is_record(known):
         known = None
     return Picture(image, format if format and format in FORMATS.values() else "PNG", text, known)
 
@@ -270,7 +272,10 @@ def request_from_record(known: dict[str, Any], **pictures: Any) -> Request:
         known: our record.
         pictures: `image` and `mask_image`, for a picture that was made from others.
     """
-    return Request(**known["request"], **{k: v for k, v in pictures.items() if v is not None})
+    try:
+        return Request(**known["request"], **_given(pictures))
+    except TypeError as error:
+        raise InvalidRequest("picture", "its record", f"of another version ({error})") from error
 
 
 def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, list[str]]:
@@ -318,15 +323,15 @@ def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, lis
     if re.search(r"(?<!\\)[(\[<]", info.prompt):
         notes.append("weights and <...> in its prompt are read as plain text")
     notes += [f"{key}: {value}" for key, value in left.items()]
-    return Request(**options, **{k: v for k, v in pictures.items() if v is not None}), notes
+    return Request(**options, **_given(pictures)), notes
 
 
 def differences(known: dict[str, Any], result: Result) -> list[str]:
     """Why a picture made again from `known` may differ from the first one."""
     notes = []
-    if known["model"]["hash"] != result.model.hash():
-        then, now = known["model"]["hash"], result.model.hash()
-        notes.append(f"another model: {known['model']['name']} ({then}), now {now}")
+    if known["model"].get("hash") != result.model.hash():
+        then, now = known["model"].get("hash"), result.model.hash()
+        notes.append(f"another model: {known['model'].get('name')} ({then}), now {now}")
     for name, now in versions().items():
         if (then := known["versions"].get(name)) != now:
             notes.append(f"{name} was {then}, is {now}")
@@ -337,6 +342,21 @@ def differences(known: dict[str, Any], result: Result) -> list[str]:
         if fingerprint(getattr(result.request, name)) != then:
             notes.append(f"{name} is not the picture that it was made from")
     return notes
+
+
+def _given(pictures: dict[str, Any]) -> dict[str, Any]:
+    return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def _is_record(known: Any) -> bool:
+    """Has it the parts of a record of ours? Anybody can write anything into a picture."""
+    parts: dict[str, type] = dict.fromkeys(
+        ("request", "pictures", "model", "settings", "versions"), dict
+    )
+    parts |= {"index": int, "quality": int}
+    return isinstance(known, dict) and all(
+        isinstance(known.get(name), kind) for name, kind in parts.items()
+    )
 
 
 def _quoted(value: Any) -> str:

@@ -50,18 +50,20 @@ class Model:
 
     Attributes:
         name: what to call it: the name of its folder or file, or its hub id.
-        path: its folder or file here; for a hub id, only JSON files are sure to be there.
+        path: its folder or file here (from the hub: perhaps only its JSON files); None for a model
+            that was put together in memory.
         hub_id: the id on the hub, if that is where it comes from.
         revision: the revision on the hub that was asked for.
         vae_scale_factor: pixels for each latent, along a side.
         height, width: the size it was trained for, in pixels.
         num_inference_steps, guidance_scale, scheduler: its defaults; scheduler None is its own.
         scheduler_class: the class of its own scheduler in diffusers, where that is known.
+        variant: "fp16" if its weights are there in that variant only.
         sees_mask: its U-Net has nine input channels and was trained for inpainting alone.
     """
 
     name: str
-    path: Path
+    path: Path | None = None
     hub_id: str | None = None
     revision: str | None = None
     vae_scale_factor: int = 8
@@ -71,15 +73,16 @@ class Model:
     guidance_scale: float = 7.5
     scheduler: str | None = None
     scheduler_class: str = ""
+    variant: str | None = None
     sees_mask: bool = False
 
     @property
     def is_single_file(self) -> bool:
-        return self.path.is_file()
+        return self.path is not None and self.path.is_file()
 
     def weight_file(self) -> Path | None:
         """The file that names the model's hash: the checkpoint, or the U-Net's first file."""
-        if self.is_single_file:
+        if self.path is None or self.path.is_file():
             return self.path
         return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
 
@@ -193,11 +196,17 @@ def _from_folder(
         "width": columns * factor,
         "scheduler_class": read_json(path / "scheduler" / "scheduler_config.json")["_class_name"],
         "sees_mask": unet.get("in_channels") == 9,
+        "variant": _variant(path / "unet"),
     }
     own = path / "latentgen.json"
     if own.is_file():
         facts |= _own_defaults(own)
     return Model(name, path, hub_id, revision, **facts)
+
+
+def _variant(unet: Path) -> str | None:
+    names = [file.name for file in unet.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _own_defaults(path: Path) -> dict[str, Any]:

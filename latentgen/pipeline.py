@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -35,9 +35,18 @@ from .denoise import Denoised, accepted, denoise
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
 from .modelfolder import DEFAULT_MODEL, Model
-from .request import Request, ResolvedRequest
+from .request import (
+    EditOptions,
+    InpaintOptions,
+    Options,
+    Request,
+    ResolvedRequest,
+    StreamOptions,
+)
 from .text import encode_prompts
 
+# Components of a model folder that nothing here runs.
+_LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 ATTENTIONS = ("sdpa", "xformers", "sliced")
 
 __all__ = ["ATTENTIONS", "LatentDiffusion", "Result", "Step", "generate", "img2img", "inpaint"]
@@ -171,18 +180,21 @@ class LatentDiffusion(
         """
         found = modelfolder.find(model, revision)
         if found.is_single_file:
-            return cls.from_single_file(found.path, device, dtype, attention)
+            return cls.from_single_file(model, device, dtype, attention)
         device, dtype = _pick(device, dtype, attention)
-        pipe = _quietly(
-            super().from_pretrained,
-            str(found.path) if found.hub_id is None else found.hub_id,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-        )
+        try:
+            pipe = _quietly(
+                super().from_pretrained,
+                str(found.path) if found.hub_id is None else found.hub_id,
+                revision=revision,
+                variant=found.variant,
+                dtype=dtype,
+                use_safetensors=True,
+                **_LEFT_OUT,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            hint = f"its files do not fit together ({_first_line(error)})"
+            raise InvalidRequest("model", str(model), hint) from error
         return pipe._settle(found, device, attention)
 
     @classmethod
@@ -211,15 +223,12 @@ class LatentDiffusion(
                 str(found.path),
                 dtype=dtype,
                 config=None if config is None else str(config),
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
+                **_LEFT_OUT,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             hint = (
-                f"cannot be read as a Stable Diffusion checkpoint ({reason}); if this machine is "
-                "offline, name a model folder of the same kind as config"
+                f"cannot be read as a Stable Diffusion checkpoint ({_first_line(error)}); "
+                "if this machine is offline, name a model folder of the same kind as config"
             )
             raise InvalidRequest("path", str(path), hint) from error
         return pipe._settle(None, device, attention, name=found.name, path=found.path)
@@ -241,7 +250,7 @@ class LatentDiffusion(
         self.model = found if found is not None else self._describe(**facts)
         return self
 
-    def _describe(self, name: str = "in memory", path: Path = Path()) -> Model:
+    def _describe(self, name: str = "in memory", path: Path | None = None) -> Model:
         """The facts of a model that did not come from a folder."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         sample = self.unet.config.sample_size or 64
@@ -258,7 +267,7 @@ class LatentDiffusion(
 
     # Drawing.
 
-    def generate(self, prompt, negative_prompt=None, **options) -> Result:
+    def generate(self, prompt, negative_prompt=None, **options: Unpack[Options]) -> Result:
         """Draw pictures from text.
 
         Args:
@@ -274,7 +283,7 @@ class LatentDiffusion(
         """
         return _last(self.stream(prompt, negative_prompt, **options))
 
-    def img2img(self, prompt, image, **options) -> Result:
+    def img2img(self, prompt, image, **options: Unpack[EditOptions]) -> Result:
         """Redraw a picture.
 
         Args:
@@ -283,9 +292,9 @@ class LatentDiffusion(
             options: as for `generate`, and `strength` from 0 to 1 (default 0.8), which runs the
                 last `int(num_inference_steps * strength)` steps.
         """
-        return self.generate(prompt, image=_given("image", image), **options)
+        return _last(self.stream(prompt, image=_given("image", image), **options))
 
-    def inpaint(self, prompt, image, mask_image, **options) -> Result:
+    def inpaint(self, prompt, image, mask_image, **options: Unpack[InpaintOptions]) -> Result:
         """Repaint the white part of the mask; every other pixel comes back byte for byte.
 
         Args:
@@ -295,14 +304,16 @@ class LatentDiffusion(
             options: as for `generate`; `strength` (default 1: the repainted part starts from pure
                 noise); `mask_blur`, the width in pixels of a soft edge inside the mask.
         """
-        mask_image = _given("mask_image", mask_image)
-        return self.img2img(prompt, image, mask_image=mask_image, **options)
+        pictures = {"image": _given("image", image), "mask_image": _given("mask_image", mask_image)}
+        return _last(self.stream(prompt, **pictures, **options))
 
-    def __call__(self, prompt, negative_prompt=None, **options) -> Result:
+    def __call__(self, prompt, negative_prompt=None, **options: Unpack[Options]) -> Result:
         """The same as `generate`."""
         return self.generate(prompt, negative_prompt, **options)
 
-    def stream(self, prompt, negative_prompt=None, **options) -> Iterator[Step]:
+    def stream(
+        self, prompt, negative_prompt=None, **options: Unpack[StreamOptions]
+    ) -> Iterator[Step]:
         """Draw step by step; leave the loop to cancel.
 
         Args:
@@ -408,6 +419,7 @@ class LatentDiffusion(
         original: Tensor | None = None
         if not self.model.sees_mask or request.strength != 1.0:
             original = latents.encode(self.vae, picture, generators).to(like)
+            original = original.contiguous()  # as diffusers' repeat() leaves it: the last bit
         noise = latents.draw_noise(generators, shape, like)
         if request.strength == 1.0:
             start = noise * scheduler.init_noise_sigma
@@ -418,6 +430,7 @@ class LatentDiffusion(
             return start, inpainting_channels(mask, masked), None
         if latents.has_posterior(self.vae):
             latents.draw_noise(generators, shape, like)  # diffusers samples the masked picture too
+        assert original is not None
         return start, None, MaskBlend(original, noise, mask)
 
     def _output(self, request: ResolvedRequest, finished: Tensor) -> Any:
@@ -454,21 +467,25 @@ class LatentDiffusion(
         return {**config, **{key: value for key, value in repairs.items() if key in config}}
 
 
-def generate(prompt, negative_prompt=None, **options) -> Result:
+def generate(prompt, negative_prompt=None, **options: Unpack[Options]) -> Result:
     """Draw with the bundled model; the arguments of `LatentDiffusion.generate`."""
-    request = Request(prompt=prompt, negative_prompt=negative_prompt, **options)
-    request = request.resolve(modelfolder.find(DEFAULT_MODEL))  # refused before weights are read
-    return _last(_bundled().draw(request))
+    return _draw_bundled(Request(prompt=prompt, negative_prompt=negative_prompt, **options))
 
 
-def img2img(prompt, image, **options) -> Result:
+def img2img(prompt, image, **options: Unpack[EditOptions]) -> Result:
     """Redraw a picture with the bundled model; the arguments of `LatentDiffusion.img2img`."""
-    return generate(prompt, image=_given("image", image), **options)
+    return _draw_bundled(Request(prompt=prompt, image=_given("image", image), **options))
 
 
-def inpaint(prompt, image, mask_image, **options) -> Result:
+def inpaint(prompt, image, mask_image, **options: Unpack[InpaintOptions]) -> Result:
     """Repaint with the bundled model; the arguments of `LatentDiffusion.inpaint`."""
-    return img2img(prompt, image, mask_image=_given("mask_image", mask_image), **options)
+    pictures = {"image": _given("image", image), "mask_image": _given("mask_image", mask_image)}
+    return _draw_bundled(Request(prompt=prompt, **pictures, **options))
+
+
+def _draw_bundled(request: Request) -> Result:
+    resolved = request.resolve(modelfolder.find(DEFAULT_MODEL))  # refused before weights are read
+    return _last(_bundled().draw(resolved))
 
 
 def _last(steps: Iterator[Step]) -> Result:
@@ -488,6 +505,10 @@ def _given(name: str, picture: Any) -> Any:
     return picture
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _pick(
     device: str | torch.device | None, dtype: torch.dtype | str | None, attention: str | None
 ) -> tuple[torch.device, torch.dtype]:
@@ -499,8 +520,8 @@ def _pick(
         picked = torch.device(device)
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidRequest("device", str(device), f"not on this machine ({reason})") from error
+        hint = f"not on this machine ({_first_line(error)})"
+        raise InvalidRequest("device", str(device), hint) from error
     if dtype is None:
         dtype = torch.float16 if picked.type == "cuda" else torch.float32
     if isinstance(dtype, str):

@@ -13,7 +13,7 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
@@ -38,6 +38,43 @@ MAX_IMAGES = 64
 MAX_SEED = 2**63 - 1
 _TAKE_ETA = {entry.cls for entry in schedulers.NAMES.values() if entry.eta}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of every drawing function; see `Request`."""
+
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    scheduler: str | None
+    seed: int | None
+    num_images: int
+    height: int | None
+    width: int | None
+    eta: float
+    guidance_rescale: float
+    output_type: str
+
+
+class EditOptions(Options, total=False):
+    """Those of img2img and inpainting."""
+
+    negative_prompt: str | Sequence[str] | None
+    strength: float | None
+
+
+class InpaintOptions(EditOptions, total=False):
+    """Those of inpainting."""
+
+    mask_blur: int
+
+
+class StreamOptions(Options, total=False):
+    """Those of `stream`, which can do everything."""
+
+    image: Any
+    mask_image: Any
+    strength: float | None
+    mask_blur: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +285,9 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
         raise InvalidRequest(name, value, "a text or a list of texts")
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(name, value, "a text or a list of texts")
+    for text in texts:
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InvalidRequest(name, text, "plain Unicode text; this has NUL or lone surrogates")
     return tuple(texts)
 
 
