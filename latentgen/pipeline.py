@@ -464,6 +464,9 @@ class LatentDiffusion(
         """
         config = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
         repairs = {"steps_offset": 1, "clip_sample": False}
+        # diffusers' from_config forgets the entries that this one names.
+        defaults = set(config.get("_use_default_values", ())) - repairs.keys()
+        config["_use_default_values"] = sorted(defaults)
         return {**config, **{key: value for key, value in repairs.items() if key in config}}
 
 

@@ -232,7 +232,7 @@ class Request:
 
     def _integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and getattr(Request, name) is None:  # left to the model
             return
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise InvalidRequest(name, value, f"a whole number from {low} to {high}")
@@ -242,7 +242,7 @@ class Request:
 
     def _number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and getattr(Request, name) is None:  # left to the model
             return
         if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise InvalidRequest(name, value, f"a number from {low} to {high}")

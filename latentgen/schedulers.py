@@ -250,7 +250,8 @@ def create(text: str | None, config: dict[str, Any]):
     if wanted.spacing and wanted.spacing != _AYS:
         options["timestep_spacing"] = wanted.spacing
     known = inspect.signature(cls.__init__).parameters
-    return cls.from_config({**config, **{k: v for k, v in options.items() if k in known}})
+    # As arguments: from_config drops entries of a config that were its old class's defaults.
+    return cls.from_config(config, **{k: v for k, v in options.items() if k in known})
 
 
 def plan(scheduler, text: str | None, num_inference_steps: int, strength: float | None, device):

@@ -1,0 +1,106 @@
+"""The objectives as pure functions: nothing here knows a model, a device or a data set.
+
+Papers: [1] Ho et al. 2020, DDPM. [2] Salimans & Ho 2022, progressive distillation (v-prediction).
+[3] Hang et al. 2023, min-SNR weighting. [4] van den Oord et al. 2018, CPC (InfoNCE).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def noisy_latents(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, [1] (4). `alphas_cumprod`: (B,), one a_t a row."""
+    signal, scale = _broadcast(alphas_cumprod, latents)
+    return signal * latents + scale * noise
+
+
+def prediction_target(
+    latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str
+) -> Tensor:
+    """What the U-Net predicts: the noise [1], or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 [2]."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        signal, scale = _broadcast(alphas_cumprod, latents)
+        return signal * noise - scale * latents
+    raise ValueError(
+        f"prediction_type: {prediction_type!r} is unknown; use 'epsilon' or 'v_prediction'"
+    )
+
+
+def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float) -> Tensor:
+    """The weight of each row's squared error, (B,): min(snr, gamma) on x_0, [3] (6).
+
+    The squared error of the noise is snr times that of x_0 and the one of v is snr + 1 times it, so
+    the weights on these are min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    per_error = {"epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    return snr.clamp(max=snr_gamma) / per_error
+
+
+def diffusion_loss(
+    prediction: Tensor,
+    target: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    snr_gamma: float | None,
+) -> Tensor:
+    """Mean squared error, weighted by row when `snr_gamma` is given; a scalar, in fp32."""
+    error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
+    if snr_gamma is not None:
+        error = error * min_snr_weight(alphas_cumprod, prediction_type, snr_gamma)
+    return error.mean()
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, chroma_weight: float) -> Tensor:
+    """L1 + L2 + edges + colour, for pictures in [-1, 1], (B, 3, H, W).
+
+    Edges: L1 between neighbouring pixels' differences, so that shapes are sharp. Colour: what is
+    left after averaging 8 x 8 pixels, which no sharp edge can hide; L1 on the three channels, and
+    L2 on the two opponent ones (red - green, blue - yellow), because a rare colour (green, purple)
+    that becomes grey costs an L1 loss little and a person much.
+    """
+    difference = decoded - pixels
+    across = (difference[..., :, 1:] - difference[..., :, :-1]).abs().mean()
+    down = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
+    coarse = F.avg_pool2d(difference, 8)  # (B, 3, H/8, W/8)
+    red, green, blue = coarse.unbind(1)
+    chroma = (red - green).square().mean() + (blue - (red + green) / 2).square().mean()
+    sharp = difference.abs().mean() + difference.square().mean() + across + down
+    return sharp + 2 * coarse.abs().mean() + chroma_weight * chroma
+
+
+def moment_kl(latents: Tensor) -> Tensor:
+    """KL of N(mean, variance) of each latent channel over the batch to N(0, 1), a scalar.
+
+    Weaker than a VAE's KL on each picture: it keeps the latents near zero mean and unit variance as
+    a set, which is what the diffusion and the tiny autoencoder's clamp at +-3 need.
+    """
+    variance, mean = torch.var_mean(latents, dim=(0, 2, 3))  # (C,)
+    return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cosine distance to the teacher's vectors plus InfoNCE [4] within the batch; both (B, D)."""
+    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    similarity = student @ teacher.T  # (B, B)
+    labels = torch.arange(len(student), device=student.device)
+    return (1 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, labels)
+
+
+def learning_rate_at(step: int, peak: float, warmup_steps: int, decay_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero at `decay_steps`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _broadcast(alphas_cumprod: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(a_t) and sqrt(1 - a_t), shaped (B, 1, 1, 1) like the latents they multiply."""
+    column = alphas_cumprod.reshape(-1, *[1] * (latents.dim() - 1)).to(latents.dtype)
+    return column.sqrt(), (1 - column).sqrt()

@@ -1,0 +1,116 @@
+"""Tiny random models, made on the spot: the architecture of Stable Diffusion at toy widths."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latentgen import LatentDiffusion
+
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.()-'"
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer with one token a letter: 75 letters fill a chunk."""
+    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder = Path(mkdtemp())
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
+
+
+def components(
+    in_channels: int = 4,
+    prediction_type: str = "epsilon",
+    sample_size: int = 8,
+    rescale_betas_zero_snr: bool = False,
+    seed: int = 0,
+) -> dict:
+    """The parts of a tiny model; pictures of `sample_size * 8` pixels by default."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=77,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        **SCHEDULER,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        timestep_spacing="trailing" if rescale_betas_zero_snr else "leading",
+    )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": words,
+        "unet": unet.eval(),
+        "scheduler": scheduler,
+    }
+
+
+KINDS = {
+    "4-channel": {},
+    "9-channel": {"in_channels": 9},
+    "v-prediction": {"prediction_type": "v_prediction"},
+    "sample-prediction": {"prediction_type": "sample"},
+    "zero-terminal-snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+
+
+@cache
+def parts(kind: str = "4-channel") -> dict:
+    """The parts of a tiny model for pictures of 32 x 32 pixels, made once; treat as read-only."""
+    return components(sample_size=4, **KINDS[kind])
+
+
+@cache
+def drawer(kind: str = "4-channel") -> LatentDiffusion:
+    """`parts(kind)` as our pipeline."""
+    return LatentDiffusion(**parts(kind))

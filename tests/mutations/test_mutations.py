@@ -1,0 +1,258 @@
+"""The mistakes we are afraid of, each with the test that notices it.
+
+Every row breaks one line in a copy of the package; the named test must then fail. The default run
+only checks that the rows still fit the source. All of them, some minutes:
+
+    pytest -m mutation tests/mutations
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARITY = "parity/test_against_diffusers.py::"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    module: str
+    source: str
+    broken: str
+    test: str  # the node id, below tests/
+
+
+TABLE = [
+    Mutation("swap the halves of guidance", "denoise", "uncond, cond = prediction.chunk(2)",
+             "cond, uncond = prediction.chunk(2)", "unit/test_denoise.py::test_the_body"),
+    Mutation("swap negative and positive embeddings", "pipeline",
+             "embeds = torch.cat([negative.repeat_interleave(request.num_images, dim=0), embeds])",
+             "embeds = torch.cat([embeds, negative.repeat_interleave(request.num_images, dim=0)])",
+             PARITY + "test_text_to_image[euler-solo-guided]"),
+    Mutation("guidance formula off by one", "guidance",
+             "return uncond + guidance_scale * (cond - uncond)",
+             "return cond + guidance_scale * (cond - uncond)",
+             "unit/test_guidance.py::test_guidance_by_hand"),
+    Mutation("guide at scale 1 too", "pipeline", "guided = request.guidance_scale > 1 and",
+             "guided = request.guidance_scale >= 1 and",
+             "unit/test_guidance.py::test_scale_one_makes"),
+    Mutation("rescale over the whole batch", "guidance", "dims = list(range(1, cond.ndim))",
+             "dims = list(range(cond.ndim))", "unit/test_guidance.py::test_rescale_treats"),
+    Mutation("rescale without phi", "guidance",
+             "return guidance_rescale * (guided * factor) + (1 - guidance_rescale) * guided",
+             "return guided * factor", "unit/test_guidance.py::test_rescale_by_hand"),
+    Mutation("forget to rescale", "denoise", "if guidance_rescale > 0:", "if guidance_rescale > 1:",
+             PARITY + "test_zero_terminal_snr"),
+    Mutation("forget scaling_factor in encode", "latents",
+             "return vae.config.scaling_factor * torch.cat(rows)", "return torch.cat(rows)",
+             PARITY + "test_image_to_image[euler-solo]"),
+    Mutation("forget scaling_factor in decode", "latents",
+             "vae.decode(latents / vae.config.scaling_factor, return_dict=False)",
+             "vae.decode(latents, return_dict=False)", PARITY + "test_text_to_image[euler-solo]"),
+    Mutation("forget the shift from [-1, 1]", "latents", "(pixels * 0.5 + 0.5).clamp(0, 1)",
+             "pixels.clamp(0, 1)", PARITY + "test_text_to_image[euler-solo]"),
+    Mutation("take the posterior's mean", "latents",
+             "[encoded.latent_dist.sample(generator) for generator in generators]",
+             "[encoded.latent_dist.mode() for generator in generators]",
+             "unit/test_latents.py::test_encoding_samples"),
+    Mutation("one posterior for all pictures", "latents",
+             "[encoded.latent_dist.sample(generator) for generator in generators]",
+             "[encoded.latent_dist.sample(generators[0])] * len(generators)",
+             "property/test_alone_or_together.py::test_so_is_one_drawn_from_a_picture"),
+    Mutation("the same seed for all pictures", "request",
+             "[self.seed + i for i in range(", "[self.seed for i in range(",
+             PARITY + "test_text_to_image[euler-pair]"),
+    Mutation("one generator for all pictures", "latents",
+             "randn_tensor((len(generators), *shape), generator=generators, dtype=torch.float32)",
+             "torch.randn(len(generators), *shape, generator=generators[0])",
+             "property/test_alone_or_together.py::test_starting_noise"),
+    Mutation("scale the mask channels", "denoise",
+             "model_input = rows if extra_channels is None else torch.cat([rows, extra_channels], "
+             "dim=1)",
+             "model_input = rows if extra_channels is None else torch.cat([rows, "
+             "scheduler.scale_model_input(extra_channels, t)], dim=1)",
+             "unit/test_denoise.py::test_mask_channels"),
+    Mutation("masked picture before the mask", "conditioning",
+             "[mask.expand(len(masked_image_latents), -1, -1, -1), masked_image_latents]",
+             "[masked_image_latents, mask.expand(len(masked_image_latents), -1, -1, -1)]",
+             PARITY + "test_inpainting[euler-9-channel-solo]"),
+    Mutation("show the inside of the mask", "pipeline", "picture * (pixel_mask < 0.5)",
+             "picture * (pixel_mask >= 0.5)", PARITY + "test_inpainting[euler-9-channel-solo]"),
+    Mutation("blend at the time of the step before", "denoise",
+             "blend(scheduler, latents, timesteps[i + 1 : i + 2])",
+             "blend(scheduler, latents, timesteps[i : i + 1])",
+             "unit/test_denoise.py::test_the_body"),
+    Mutation("never end on the clean original", "denoise",
+             "blend(scheduler, latents, timesteps[i + 1 : i + 2])",
+             "blend(scheduler, latents, timesteps[i + 1 :][:1] if i + 1 < len(timesteps) else "
+             "timesteps[i : i + 1])",
+             PARITY + "test_inpainting[ddim-4-channel-solo]"),
+    Mutation("blend with the mask inverted", "conditioning",
+             "return (1 - self.mask) * outside + self.mask * latents",
+             "return self.mask * outside + (1 - self.mask) * latents",
+             "unit/test_denoise.py::test_the_blend"),
+    Mutation("no blend", "denoise", "if blend is not None:", "if False:",
+             PARITY + "test_inpainting[euler-4-channel-solo]"),
+    Mutation("lose thin masks", "conditioning", "if not small.any():", "if False:",
+             "unit/test_denoise.py::test_a_mask_too_thin"),
+    Mutation("do not draw the masked picture's posterior", "pipeline",
+             "if latents.has_posterior(self.vae):\n            latents.draw_noise",
+             "if False:\n            latents.draw_noise",
+             PARITY + "test_inpainting[euler_a-4-channel-solo]"),
+    Mutation("noise before the posterior", "pipeline",
+             "encoded = latents.encode(self.vae, images.to_tensor(request.image), generators)\n"
+             "            noise = latents.draw_noise(generators, shape, like)",
+             "noise = latents.draw_noise(generators, shape, like)\n            encoded = "
+             "latents.encode(self.vae, images.to_tensor(request.image), generators)",
+             PARITY + "test_image_to_image[euler-solo]"),
+    Mutation("forget init_noise_sigma", "pipeline",
+             "return noise * scheduler.init_noise_sigma, None, None", "return noise, None, None",
+             PARITY + "test_text_to_image[euler-solo]"),
+    Mutation("forget init_noise_sigma in inpainting", "pipeline",
+             "start = noise * scheduler.init_noise_sigma", "start = noise",
+             PARITY + "test_inpainting[euler-9-channel-solo]"),
+    Mutation("forget scale_model_input", "denoise", "rows = scheduler.scale_model_input(rows, t)",
+             "pass", PARITY + "test_text_to_image[euler-solo]"),
+    Mutation("step from the scaled sample", "denoise",
+             "scheduler.step(prediction, t, latents, return_dict=False",
+             "scheduler.step(prediction, t, rows[: len(latents)], return_dict=False",
+             "unit/test_denoise.py::test_the_body"),
+    Mutation("drop the generators from step", "pipeline",
+             "accepted(scheduler.step, generator=generators, eta=request.eta)",
+             "accepted(scheduler.step, eta=request.eta)",
+             PARITY + "test_text_to_image[euler_a-solo]"),
+    Mutation("drop eta", "pipeline",
+             "accepted(scheduler.step, generator=generators, eta=request.eta)",
+             "accepted(scheduler.step, generator=generators)", PARITY + "test_eta"),
+    Mutation("round strength up in the request", "request",
+             "return int(self.num_inference_steps * strength)",
+             "return round(self.num_inference_steps * strength)",
+             "property/test_strength.py::test_a_strength_that_leaves"),
+    Mutation("round strength in the plan", "schedulers",
+             "(num_inference_steps - int(num_inference_steps * strength)) * scheduler.order",
+             "(num_inference_steps - round(num_inference_steps * strength)) * scheduler.order",
+             PARITY + "test_image_to_image[euler-solo]"),
+    Mutation("forget the order of the scheduler", "schedulers",
+             "int(num_inference_steps * strength)) * scheduler.order",
+             "int(num_inference_steps * strength))", PARITY + "test_image_to_image[heun-solo]"),
+    Mutation("forget begin_index", "schedulers", "scheduler.set_begin_index(first)", "pass",
+             "property/test_strength.py::test_a_second_order"),
+    Mutation("noise to the second timestep", "pipeline",
+             "return scheduler.add_noise(encoded.to(like), noise, timesteps[:1]), None, None",
+             "return scheduler.add_noise(encoded.to(like), noise, timesteps[1:2]), None, None",
+             PARITY + "test_image_to_image[ddim-solo]"),
+    Mutation("clip the latents", "schedulers", 'config.get("clip_sample", False)', "True",
+             PARITY + "test_text_to_image[ddpm-solo]"),
+    Mutation("no repair of old configurations", "pipeline",
+             '{"steps_offset": 1, "clip_sample": False}', "{}",
+             "unit/test_schedulers.py::test_old_configurations"),
+    Mutation("lose options that were the old class's defaults", "schedulers",
+             "return cls.from_config(config, **{k: v for k, v in options.items() if k in known})",
+             "return cls.from_config({**config, **{k: v for k, v in options.items() if k in "
+             "known}})",
+             "unit/test_schedulers.py::test_a_name_means_the_same"),
+    Mutation("share one scheduler", "pipeline",
+             "scheduler = schedulers.create(request.scheduler, self._scheduler_config())",
+             "scheduler = self.__dict__.setdefault('_s', schedulers.create(request.scheduler, "
+             "self._scheduler_config()))",
+             "property/test_alone_or_together.py::test_two_streams"),
+    Mutation("cut the prompt after 75 tokens", "text",
+             "chunks = max(1, *(math.ceil(len(row) / (size - 2)) for row in "
+             "[*ids, *negative_ids]))",
+             "chunks = 1", "property/test_prompts_whole.py"),
+    Mutation("chunks of 77 overlap their marks", "text",
+             "part = ids[chunk * (size - 2) : (chunk + 1) * (size - 2)]",
+             "part = ids[chunk * (size - 1) : (chunk + 1) * (size - 1) - 1]",
+             "property/test_prompts_whole.py"),
+    Mutation("pad with zero", "text", "tokenizer.pad_token_id)", "0)",
+             "unit/test_text.py::test_every_chunk"),
+    Mutation("pictures before prompts", "pipeline",
+             "embeds = positive.repeat_interleave(request.num_images, dim=0)",
+             "embeds = positive.repeat(request.num_images, 1, 1)",
+             "property/test_alone_or_together.py::test_prompts_come_before"),
+    Mutation("no pixels of the original", "pipeline",
+             "array = images.composite(request.image, array, request.mask_image, "
+             "request.mask_blur)",
+             "pass", "property/test_masks.py::test_the_whole_pipeline"),
+    Mutation("composite inverted", "images", "return alpha * painted + (1 - alpha) * below",
+             "return alpha * below + (1 - alpha) * painted",
+             "property/test_masks.py::test_a_thousand"),
+    Mutation("soft edge leaks outside", "images", "alpha *= (2 * soft - 1).clip(0, 1)",
+             "alpha = soft", "property/test_masks.py::test_a_thousand"),
+    Mutation("bytes are cut, not rounded", "images", "(pixels * 255).round()", "(pixels * 255)",
+             "unit/test_images.py::test_floats_are_rounded"),
+    Mutation("no second decoding in float32", "latents",
+             "if _drew_nothing(pixels) and vae.dtype != torch.float32:", "if False:",
+             "unit/test_latents.py::test_half_precision"),
+    Mutation("a black picture is a picture", "latents",
+             "brightest * 255 >= 0.5)", "brightest * 255 >= 0)",
+             "unit/test_latents.py::test_one_black"),
+    Mutation("the VAE of all threads becomes float32", "latents", "copy.deepcopy(vae).float()",
+             "vae.float()", "unit/test_latents.py::test_half_precision"),
+    Mutation("estimate as epsilon always", "denoise", 'case "v_prediction":', 'case "never":',
+             "unit/test_exact_physics.py::test_the_estimate"),
+    Mutation("NaN is a number", "request", "if not low <= float(value) <= high:",
+             "if float(value) < low or float(value) > high:",
+             "unit/test_request.py::test_refused_before"),
+    Mutation("transparency on black", "images", 'Image.new("RGBA", image.size, "white")',
+             'Image.new("RGBA", image.size, "black")',
+             "unit/test_images.py::test_transparency_is"),
+    Mutation("a bomb is decoded first", "images", "_check_size(image.size, source, field)", "pass",
+             "unit/test_images.py::test_a_bomb"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", TABLE, ids=lambda mutation: mutation.what)
+def test_the_table_fits_the_source(mutation):
+    text = (ROOT / "latentgen" / f"{mutation.module}.py").read_text("utf-8")
+    assert text.count(mutation.source) == 1
+    assert mutation.broken != mutation.source
+    file, _, name = mutation.test.partition("::")
+    assert f"def {name.partition('[')[0]}" in (ROOT / "tests" / file).read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory):
+    """The package and its tests, to be broken; the bundled model stays where it is."""
+    root = tmp_path_factory.mktemp("mutated")
+    ignored = shutil.ignore_patterns("models", "__pycache__", "mutations")
+    for name in ("latentgen", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    (root / "latentgen" / "models").symlink_to(ROOT / "latentgen" / "models")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
+
+
+def passes(root, test):
+    """Does the test, named by the beginning of its node id, pass in this copy?"""
+    file, _, name = test.partition("::")
+    chosen = [f"tests/{test}"] if "[" in name else [f"tests/{file}", "-k", name or "test"]
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: some test failed
+    return done.returncode == 0
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", TABLE, ids=lambda mutation: mutation.what)
+def test_the_mutation_is_noticed(copy, mutation):
+    module = copy / "latentgen" / f"{mutation.module}.py"
+    whole = module.read_text("utf-8")
+    module.write_text(whole.replace(mutation.source, mutation.broken), "utf-8")
+    try:
+        assert not passes(copy, mutation.test)
+    finally:
+        module.write_text(whole, "utf-8")
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("file", sorted({mutation.test.split("::")[0] for mutation in TABLE}))
+def test_without_a_mutation_the_tests_pass(copy, file):
+    assert passes(copy, file)

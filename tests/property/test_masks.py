@@ -1,0 +1,91 @@
+"""Whatever the mask, not one byte changes outside it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentgen.images import composite, to_pil
+
+
+def random_mask(rng, height, width):
+    """A box, an ellipse, a line, loose pixels, or everything but these; never empty."""
+    rows, columns = np.mgrid[:height, :width]
+    top, left = rng.integers(height), rng.integers(width)
+    tall, wide = rng.integers(1, height), rng.integers(1, width)
+    shapes = [
+        (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide),
+        ((rows - top) / tall) ** 2 + ((columns - left) / wide) ** 2 <= 1,
+        abs(rows - top - (columns - left)) <= 1,
+        rng.random((height, width)) < 0.1,
+    ]
+    mask = shapes[rng.integers(len(shapes))] ^ bool(rng.integers(2))
+    mask[top, left] = True
+    return Image.fromarray(mask.astype(np.uint8) * 255)
+
+
+def random_picture(rng, height, width):
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_thousand_masks_keep_every_byte_outside():
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        height, width = rng.integers(2, 48, 2)
+        original, mask = random_picture(rng, height, width), random_mask(rng, height, width)
+        painted = rng.random((2, height, width, 3), dtype=np.float32)
+        soft_edge = int(rng.integers(0, 9))
+        for image in to_pil(composite(original, painted, mask, soft_edge)):
+            outside = np.asarray(mask) == 0
+            np.testing.assert_array_equal(np.asarray(image)[outside], np.asarray(original)[outside])
+
+
+def test_without_a_soft_edge_every_byte_inside_is_the_painted_one():
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        original, mask = random_picture(rng, 24, 16), random_mask(rng, 24, 16)
+        painted = rng.random((1, 24, 16, 3), dtype=np.float32)
+        [image] = to_pil(composite(original, painted, mask, 0))
+        inside = np.asarray(mask) == 255
+        [expected] = to_pil(painted)
+        np.testing.assert_array_equal(np.asarray(image)[inside], np.asarray(expected)[inside])
+
+
+def test_a_soft_edge_rises_from_the_border_into_the_mask():
+    pixels = np.zeros((1, 80), dtype=np.uint8)
+    pixels[:, 30:] = 255
+    mask = Image.fromarray(np.repeat(pixels, 8, axis=0))
+    black, white = Image.new("RGB", mask.size), np.ones((1, 8, 80, 3), dtype=np.float32)
+    row = composite(black, white, mask, 5)[0, 4, :, 0]
+    assert (row[:30] == 0).all()
+    assert (np.diff(row[30:]) >= 0).all()
+    assert row[30] < 0.2
+    assert row[-1] == 1
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_the_whole_pipeline_keeps_every_byte_outside(pipe, trial):
+    rng = np.random.default_rng(100 + trial)
+    height, width = 8 * rng.integers(1, 6, 2)
+    original, mask = random_picture(rng, height, width), random_mask(rng, height, width)
+    result = pipe.inpaint(
+        "a lemon",
+        original,
+        mask,
+        num_inference_steps=2,
+        strength=float(rng.choice([0.5, 1.0])),
+        mask_blur=int(rng.integers(0, 4)),
+        seed=trial,
+    )
+    outside = np.asarray(mask) == 0
+    assert result.image.size == original.size
+    np.testing.assert_array_equal(np.asarray(result.image)[outside], np.asarray(original)[outside])
+
+
+@pytest.mark.parametrize("where", [(0, 0), (3, 9), (31, 31), (17, 4)])
+def test_a_mask_of_one_pixel_repaints_that_pixel(pipe, picture, where):
+    pixels = np.zeros((32, 32), dtype=np.uint8)
+    pixels[where] = 255
+    mask = Image.fromarray(pixels)
+    result = pipe.inpaint("a lemon", picture, mask, num_inference_steps=2, seed=0)
+    changed = (np.asarray(result.image) != np.asarray(picture)).any(axis=2)
+    assert np.argwhere(changed).tolist() == [list(where)]

@@ -1,0 +1,44 @@
+"""No token of a prompt is ever cut, whatever its length."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import LETTERS, parts
+
+from latentgen.text import encode_prompts
+
+
+def random_prompts(seed):
+    """One to three texts of up to 400 letters and blanks; short, long and empty ones."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, rng.choice([2, 80, 400]), rng.integers(1, 4))
+    return ["".join(rng.choice([*LETTERS, " "], length)) for length in lengths]
+
+
+class Recorder:
+    """A text encoder that remembers the tokens it was given."""
+
+    device = torch.device("cpu")
+    config = None
+
+    def __call__(self, ids, attention_mask=None):
+        self.ids = ids
+        return (torch.zeros(*ids.shape, 1),)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_token_reaches_the_text_encoder_in_order(seed):
+    prompts = random_prompts(seed)
+    words, recorder = parts()["tokenizer"], Recorder()
+    positive, _ = encode_prompts(words, recorder, prompts, [])
+    chunks = recorder.ids.reshape(len(prompts), -1, 77)
+    assert positive.shape == (len(prompts), chunks.shape[1] * 77, 1)
+    for rows, prompt in zip(chunks.tolist(), prompts, strict=True):
+        kept = []
+        for row in rows:
+            assert row[0] == words.bos_token_id
+            assert words.eos_token_id in row
+            kept += row[1 : row.index(words.eos_token_id)]
+        assert kept == words(prompt, add_special_tokens=False).input_ids
+    longest = max(len(words(text, add_special_tokens=False).input_ids) for text in prompts)
+    assert chunks.shape[1] == max(1, -(-longest // 75))

@@ -1,0 +1,133 @@
+"""Loading and saving: the same weights draw the same picture, whatever way they came."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from fakes import drawer
+from single_file import save_single_file
+
+from latentgen import InvalidRequest, LatentDiffusion, generate
+from latentgen.modelfolder import find
+
+CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 3, "guidance_scale": 7.5}
+
+
+def draw(pipe, **options):
+    return pipe.generate(**CALL, output_type="np", **options).images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    drawer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    path = folder.parent / "tiny-all-in-one.safetensors"
+    save_single_file(drawer(), path)
+    return path
+
+
+def test_a_saved_model_draws_the_same_picture_bit_for_bit(folder, pipe):
+    loaded = LatentDiffusion.from_pretrained(folder, device="cpu")
+    np.testing.assert_array_equal(draw(loaded), draw(pipe))
+    assert loaded.model == find(folder)
+
+
+def test_the_saved_folder_is_a_stable_diffusion_model_for_everyone(folder, pipe):
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    assert (
+        json.loads((folder / "model_index.json").read_text())["_class_name"] == type(stock).__name__
+    )
+    stock.set_progress_bar_config(disable=True)
+    call = {name: value for name, value in CALL.items() if name != "seed"}
+    generator = [torch.Generator("cpu").manual_seed(CALL["seed"])]
+    expected = stock(**call, generator=generator, output_type="np").images
+    np.testing.assert_array_equal(draw(pipe), expected)
+
+
+def test_a_single_file_draws_the_same_picture_bit_for_bit(folder, checkpoint, pipe):
+    loaded = LatentDiffusion.from_single_file(checkpoint, device="cpu", config=folder)
+    options = {"scheduler": "ddim"}
+    np.testing.assert_array_equal(draw(loaded, **options), draw(pipe, **options))
+    assert loaded.model.name == "tiny-all-in-one"
+    assert loaded.model.hash() == find(checkpoint).hash()
+    assert (loaded.model.height, loaded.model.vae_scale_factor) == (32, 8)
+
+
+def test_a_single_file_without_its_configuration_is_an_error_offline(checkpoint):
+    with pytest.raises(InvalidRequest, match="name a model folder of the same kind as config"):
+        LatentDiffusion.from_pretrained(checkpoint, device="cpu")
+
+
+def test_a_folder_is_no_single_file(folder):
+    with pytest.raises(InvalidRequest, match="from_pretrained loads folders"):
+        LatentDiffusion.from_single_file(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("device", "abacus"),
+        ("device", "cuda:99"),
+        ("dtype", "float8"),
+        ("dtype", "fp16"),
+        ("dtype", 16),
+        ("attention", "flash"),
+    ],
+)
+def test_a_wrong_device_dtype_or_attention_is_refused(folder, field, value):
+    with pytest.raises(InvalidRequest) as refused:
+        LatentDiffusion.from_pretrained(folder, **{"device": "cpu", field: value})
+    assert refused.value.field == field
+
+
+def test_xformers_without_a_gpu_is_refused(folder):
+    with pytest.raises(InvalidRequest, match=r"latentgen\[xformers\]") as refused:
+        LatentDiffusion.from_pretrained(folder, device="cpu", attention="xformers")
+    assert refused.value.field == "attention"
+
+
+def test_a_wrong_setting_is_refused_before_the_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", None)
+    with pytest.raises(InvalidRequest, match="attention"):
+        LatentDiffusion.from_pretrained(folder, device="cpu", attention="flash")
+
+
+def test_sliced_attention_draws_the_same_picture(folder, pipe):
+    loaded = LatentDiffusion.from_pretrained(folder, device="cpu", attention="sliced")
+    assert loaded.attention == "sliced"
+    # Slices are multiplied one by one, so sums round differently.
+    np.testing.assert_allclose(draw(loaded), draw(pipe), atol=1e-4)
+    assert loaded.generate(**CALL).settings["attention"] == "sliced"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_is_set_at_load_and_the_picture_is_close(folder, pipe, dtype):
+    loaded = LatentDiffusion.from_pretrained(folder, device="cpu", dtype=dtype)
+    assert {p.dtype for p in loaded.unet.parameters()} == {torch.bfloat16}
+    result = loaded.generate(**CALL, output_type="np")
+    assert result.settings == {"device": "cpu", "dtype": "bfloat16", "attention": "sdpa"}
+    assert abs(result.images - draw(pipe)).mean() < 0.05
+
+
+def test_the_defaults_of_latentgen_json_are_used(folder, tmp_path):
+    own = tmp_path / "own"
+    drawer().save_pretrained(own)
+    defaults = {"num_inference_steps": 2, "guidance_scale": 2.0, "scheduler": "heun", "height": 64}
+    (own / "latentgen.json").write_text(json.dumps(defaults))
+    result = LatentDiffusion.from_pretrained(own, device="cpu").generate("x")
+    assert {name: getattr(result.request, name) for name in defaults} == defaults
+    assert result.image.size == (32, 64)
+
+
+def test_a_wrong_request_for_the_bundled_model_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
+    with pytest.raises(InvalidRequest, match="must be a multiple of"):
+        generate("a red apple", height=33)

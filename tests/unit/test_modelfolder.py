@@ -1,0 +1,136 @@
+"""What is a model, judged by its files alone."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from fakes import drawer
+
+from latentgen import InvalidRequest
+from latentgen.modelfolder import bundled_models, find
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    drawer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+def refusal(model):
+    with pytest.raises(InvalidRequest) as refused:
+        find(model)
+    assert refused.value.field == "model"
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_facts_of_a_folder(folder):
+    model = find(folder)
+    assert (model.name, model.path, model.hub_id) == ("tiny", folder, None)
+    assert (model.vae_scale_factor, model.height, model.width) == (8, 32, 32)
+    assert (model.num_inference_steps, model.guidance_scale, model.scheduler) == (50, 7.5, None)
+    assert (model.scheduler_class, model.sees_mask) == ("DDIMScheduler", False)
+    edit(folder / "unet" / "config.json", in_channels=9, sample_size=[4, 6])
+    model = find(folder)
+    assert (model.sees_mask, model.height, model.width) == (True, 32, 48)
+
+
+def test_the_hash_is_the_beginning_of_sha256(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert find(folder).hash() == hashlib.sha256(weights.read_bytes()).hexdigest()[:10]
+    assert find(weights).hash() == find(folder).hash()
+    assert find(weights).is_single_file
+
+
+def test_latentgen_json_brings_defaults(folder):
+    own = {"num_inference_steps": 12, "guidance_scale": 3.0, "scheduler": "heun", "height": 64}
+    (folder / "latentgen.json").write_text(json.dumps(own))
+    model = find(folder)
+    assert {name: getattr(model, name) for name in own} == own
+    assert model.width == 32
+
+
+def test_an_unknown_key_of_latentgen_json_is_refused(folder):
+    (folder / "latentgen.json").write_text('{"steps": 12}')
+    assert "'steps'" in refusal(folder)
+    assert "num_inference_steps" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\xff"])
+def test_json_that_is_no_object_is_refused(folder, content):
+    (folder / "unet" / "config.json").write_text(content, "latin-1")
+    assert "JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("model", ["nowhere", "./no/where", "/no/where", "", "a/b/c", "../x"])
+def test_what_is_nowhere_is_refused(model):
+    assert "no such folder or file" in refusal(model) or "not a model" in refusal(model)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    assert "no model_index.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+def test_a_model_of_another_kind_is_refused(folder, kind):
+    edit(folder / "model_index.json", _class_name=kind)
+    assert "Stable Diffusion 1 and 2" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["vae/config.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"],
+)
+def test_a_missing_part_is_named(folder, missing):
+    (folder / missing).unlink()
+    assert missing in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_damaged_weights_are_refused_from_their_header(folder, part):
+    [weights] = (folder / part).glob("*.safetensors")
+    whole = weights.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"\xff" * len(whole), b"<html>404</html>"):
+        weights.write_bytes(damaged)
+        assert "damaged" in refusal(folder)
+        assert "damaged" in refusal(weights)
+
+
+def test_missing_weights_are_refused(folder):
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+    assert "weights are missing" in refusal(folder)
+
+
+def test_pickles_are_refused_with_a_way_to_convert_them(folder, tmp_path):
+    [weights] = (folder / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    assert "convert it once" in refusal(folder)
+    for name in ("model.ckpt", "model.pt", "model.pth", "model.BIN"):
+        (tmp_path / name).write_bytes(b"")
+        assert "convert it once" in refusal(tmp_path / name)
+        assert "convert it once" in refusal(tmp_path / "missing" / name)
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert ".safetensors" in refusal(tmp_path / "notes.txt")
+
+
+def test_a_hub_id_that_is_not_on_this_machine_is_refused_offline():
+    assert "not on this machine" in refusal("someone/some-model")  # conftest: HF_HUB_OFFLINE
+
+
+def test_the_bundled_models_are_models():
+    assert [model.name for model in bundled_models()] == ["latentgen-icons-128"]

@@ -1,0 +1,95 @@
+"""Prompts become embeddings: whole, in chunks, and up to 75 tokens exactly as diffusers does."""
+
+import pytest
+import torch
+from fakes import parts
+from torch import nn
+
+from latentgen.text import encode_prompts
+
+WORDS, ENCODER = parts()["tokenizer"], parts()["text_encoder"]
+BOS, EOS, PAD = WORDS.bos_token_id, WORDS.eos_token_id, WORDS.pad_token_id
+
+
+class Tokens(nn.Module):
+    """Embeds every token as its own number."""
+
+    config, device = None, torch.device("cpu")
+
+    def forward(self, ids, attention_mask=None):
+        assert attention_mask is None
+        return (ids[..., None].float(),)
+
+
+def tokens(prompt, *negatives):
+    positive, negative = encode_prompts(WORDS, Tokens(), [prompt], negatives)
+    return [
+        None if rows is None else rows[0, :, 0].long().tolist() for rows in (positive, negative)
+    ]
+
+
+def letters(count):
+    return "ab" * (count // 2) + "a" * (count % 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3)]
+)
+def test_75_tokens_fill_a_chunk(length, chunks):
+    assert len(WORDS(letters(length), add_special_tokens=False).input_ids) == length
+    assert len(tokens(letters(length))[0]) == 77 * chunks
+
+
+def test_every_chunk_has_its_own_start_and_end():
+    ids = WORDS(letters(100), add_special_tokens=False).input_ids
+    found, _ = tokens(letters(100))
+    assert found[:77] == [BOS, *ids[:75], EOS]
+    assert found[77:] == [BOS, *ids[75:], EOS, *[PAD] * 50]
+
+
+def test_prompt_and_negative_get_one_length():
+    long, short = tokens(letters(160), "a")
+    assert len(long) == len(short) == 3 * 77
+    assert short[77:] == [BOS, EOS, *[PAD] * 75] * 2
+    long, short = tokens("a", letters(160))
+    assert len(long) == len(short) == 3 * 77
+
+
+def test_no_negatives_no_embeddings_of_them():
+    assert tokens("a")[1] is None
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "a red apple, on a table.", letters(74), letters(75)])
+def test_up_to_75_tokens_the_embeddings_are_diffusers(prompt):
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline(
+        **parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    with torch.no_grad():
+        expected = stock.encode_prompt(prompt, "cpu", 1, True, "dark")
+    for found, wanted in zip(
+        encode_prompts(WORDS, ENCODER, [prompt], ["dark"]), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_a_longer_prompt_draws_another_picture_than_its_beginning(pipe):
+    options = {"num_inference_steps": 2, "output_type": "pt", "seed": 1}
+    whole = pipe.generate(letters(75) + " and a house", **options).images
+    beginning = pipe.generate(letters(75), **options).images
+    assert not torch.equal(whole, beginning)
+
+
+def test_an_encoder_that_was_trained_with_a_mask_gets_one():
+    class Masked(Tokens):
+        class config:
+            use_attention_mask = True
+
+        def forward(self, ids, attention_mask):
+            self.mask = attention_mask
+            return (ids[..., None].float(),)
+
+    encoder = Masked()
+    encode_prompts(WORDS, encoder, [letters(80)], [])
+    assert encoder.mask.sum(dim=1).tolist() == [77, 7]
