@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -112,7 +113,7 @@ def test_replay_notices_another_picture(run, model):
     known["versions"]["torch"] = "1.0"
     changed = found.image.point(lambda value: min(255, value + 7))
     data = metadata.encode(changed, "PNG", found.infotext, known, 95)
-    open("other.png", "wb").write(data)
+    Path("other.png").write_bytes(data)
     outcome = run("replay", "other.png", "-m", model)
     assert "largest pixel difference: 7" in outcome.stdout
     assert "torch was 1.0" in outcome.stdout
@@ -137,7 +138,7 @@ def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
     text = "a dog\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 64x64, "
     text += "Denoising strength: 0.5, ENSD: 31337"
     data = metadata.encode(Image.new("RGB", (64, 64)), "PNG", text, None, 95)
-    open("webui.png", "wb").write(data)
+    Path("webui.png").write_bytes(data)
     outcome = run("replay", "webui.png", "-m", model, "--image", "in.png")
     assert "not reproduced: ENSD: 31337" in outcome.stdout
     assert "not reproduced: its noise was drawn on a GPU" in outcome.stdout
