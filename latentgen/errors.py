@@ -10,6 +10,8 @@ it and with status 1 for anything else.
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 __all__ = ["DecodeError", "InvalidRequest", "LatentgenError"]
 
 
@@ -38,5 +40,6 @@ class DecodeError(LatentgenError):
 
 
 def _shown(value: object) -> str:
+    value = str(value) if isinstance(value, PurePath) else value
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
