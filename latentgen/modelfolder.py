@@ -58,6 +58,7 @@ class Model:
         height, width: the size it was trained for, in pixels.
         num_inference_steps, guidance_scale, scheduler: its defaults; scheduler None is its own.
         scheduler_class: the class of its own scheduler in diffusers, where that is known.
+        prediction_type: "epsilon", "v_prediction" or "sample".
         variant: "fp16" if its weights are there in that variant only.
         sees_mask: its U-Net has nine input channels and was trained for inpainting alone.
     """
@@ -73,6 +74,7 @@ class Model:
     guidance_scale: float = 7.5
     scheduler: str | None = None
     scheduler_class: str = ""
+    prediction_type: str = "epsilon"
     variant: str | None = None
     sees_mask: bool = False
 
@@ -187,6 +189,7 @@ def _from_folder(
 
     vae = read_json(path / "vae" / "config.json")
     unet = read_json(path / "unet" / "config.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     sample = unet.get("sample_size") or 64
     rows, columns = sample if isinstance(sample, list) else (sample, sample)
@@ -194,7 +197,8 @@ def _from_folder(
         "vae_scale_factor": factor,
         "height": rows * factor,
         "width": columns * factor,
-        "scheduler_class": read_json(path / "scheduler" / "scheduler_config.json")["_class_name"],
+        "scheduler_class": scheduler.get("_class_name", ""),
+        "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "sees_mask": unet.get("in_channels") == 9,
         "variant": _variant(path / "unet"),
     }

@@ -262,6 +262,7 @@ class LatentDiffusion(
             height=rows * factor,
             width=columns * factor,
             scheduler_class=type(self.scheduler).__name__,
+            prediction_type=self.scheduler.config.get("prediction_type", "epsilon"),
             sees_mask=self.unet.config.in_channels == 9,
         )
 

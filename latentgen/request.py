@@ -214,6 +214,12 @@ class Request:
         if self.eta and resolved.scheduler is None and model.scheduler_class not in _TAKE_ETA:
             hint = f"the model's own {model.scheduler_class} takes no eta; scheduler='ddim' does"
             raise InvalidRequest("eta", self.eta, hint)
+        if resolved.scheduler is not None and model.prediction_type == "sample":
+            entry = schedulers.parse(resolved.scheduler).entry
+            if not entry.sample:
+                able = ", ".join(name for name, other in schedulers.NAMES.items() if other.sample)
+                hint = f"cannot run a model that predicts the sample; these can: {able}"
+                raise InvalidRequest("scheduler", resolved.scheduler, hint)
         if resolved.guidance_scale == 1:
             for name in ("negative_prompt", "guidance_rescale"):
                 if getattr(self, name):

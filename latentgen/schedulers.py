@@ -36,6 +36,7 @@ class Entry:
         spread_by_default: what the WebUI's schedule type "Automatic" means for it.
         spreads: whether it takes karras, exponential and beta noise levels.
         eta: whether its step takes `eta`.
+        sample: whether it runs models that predict the clean sample.
     """
 
     cls: str
@@ -46,6 +47,7 @@ class Entry:
     spread_by_default: str = ""
     spreads: bool = True
     eta: bool = False
+    sample: bool = True
 
 
 NAMES: dict[str, Entry] = {
@@ -66,9 +68,10 @@ NAMES: dict[str, Entry] = {
         {"skip_prk_steps": True},
         ("plms",),
         spreads=False,
+        sample=False,
     ),
     "deis": Entry(
-        "DEISMultistepScheduler", "DEIS", "exponential integrator, third order; few steps"
+        "DEISMultistepScheduler", "DEIS", "exponential integrator, second order; few steps"
     ),
     "lms": Entry("LMSDiscreteScheduler", "LMS", "linear multistep in sigma"),
     "euler": Entry("EulerDiscreteScheduler", "Euler", "first order, fast and predictable"),
@@ -78,6 +81,7 @@ NAMES: dict[str, Entry] = {
         "euler with fresh noise in every step; varied pictures",
         aliases=("euler_ancestral",),
         spreads=False,
+        sample=False,
     ),
     "heun": Entry("HeunDiscreteScheduler", "Heun", "second order: two model calls a step, precise"),
     "dpm2": Entry(
@@ -86,6 +90,7 @@ NAMES: dict[str, Entry] = {
         "second order with a midpoint: two model calls a step",
         aliases=("dpm_2",),
         spread_by_default="karras",
+        sample=False,
     ),
     "dpm2_a": Entry(
         "KDPM2AncestralDiscreteScheduler",
@@ -93,6 +98,7 @@ NAMES: dict[str, Entry] = {
         "dpm2 with fresh noise in every step",
         aliases=("dpm_2_ancestral", "dpm2_ancestral"),
         spread_by_default="karras",
+        sample=False,
     ),
     "dpm++_2m": Entry(
         "DPMSolverMultistepScheduler",
@@ -111,7 +117,7 @@ NAMES: dict[str, Entry] = {
     "dpm++_3m_sde": Entry(
         "DPMSolverMultistepScheduler",
         "DPM++ 3M SDE",
-        "third order multistep with fresh noise; from 25 steps on",
+        "third order multistep with fresh noise; spreads a little too wide",
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
         spread_by_default="exponential",
     ),

@@ -12,6 +12,7 @@ from PIL import Image
 from latentgen import InvalidRequest, LatentgenError
 from latentgen.modelfolder import Model
 from latentgen.request import MAX_IMAGES, MAX_SEED, Request
+from latentgen.schedulers import NAMES
 
 MODEL = Model("tiny", Path(), height=32, width=48, num_inference_steps=20, guidance_scale=4.0,
               scheduler="euler", scheduler_class="DDIMScheduler")  # fmt: skip
@@ -228,3 +229,16 @@ def test_a_request_is_checked_without_importing_torch():
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scheduler_that_cannot_run_sample_prediction_is_refused_before_it_fails(name):
+    """Which can is held against diffusers in the parity tests."""
+    model = Model("toy", prediction_type="sample")
+    request = Request(prompt="x", scheduler=name, num_inference_steps=2)
+    if NAMES[name].sample:
+        assert request.resolve(model).scheduler == name
+    else:
+        with pytest.raises(InvalidRequest, match="predicts the sample") as refused:
+            request.resolve(model)
+        assert refused.value.field == "scheduler"
