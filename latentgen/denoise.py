@@ -81,9 +81,8 @@ def denoise(
                 prediction = rescale_guidance(prediction, cond, guidance_rescale)
 
         scaled = rows.chunk(2)[0] if guided else rows  # what the U-Net saw of each picture
-        latents = scheduler.step(prediction, t, latents, return_dict=False, **(step_kwargs or {}))[
-            0
-        ]
+        options = {"return_dict": False, **(step_kwargs or {})}
+        latents = scheduler.step(prediction, t, latents, **options)[0]
         if blend is not None:
             latents = blend(scheduler, latents, timesteps[i + 1 : i + 2])
 
