@@ -177,8 +177,7 @@ def replay(
             model = model or _recorded_model(known["model"])
             dtype = dtype or known["settings"].get("dtype")
             attention = attention or known["settings"].get("attention")
-        elif found.infotext:
-            info = metadata.parse_infotext(found.infotext)
+        elif (info := metadata.parse_infotext(found.infotext or "")).fields:
             request, notes = metadata.request_from_infotext(info, **pictures)
             notes.append(f"its model, {info.fields.get('Model', 'which it does not name')}")
         else:
@@ -269,19 +268,24 @@ def _draw(
         from .images import contact_sheet
         from .request import Request
 
-        if output is not None:
-            _check_output(output)
+        _check_output(output if output is not None else Path("picture.png"))
         if gif is not None:
-            _check_writable(gif)
+            _check_writable(gif, "gif")
             if gif.suffix.lower() != ".gif":
                 raise InvalidRequest("gif", str(gif), "the name must end in .gif")
         request = Request(num_inference_steps=steps, **options)
+        if output is not None:
+            metadata.check_fits(metadata.picture_format(output), request)
+            for target in metadata.numbered(output, request.num_images):
+                _check_writable(target)
+            if grid:
+                _check_writable(_sheet_name(output))
         frames: list[Any] | None = [] if gif is not None else None
         result = _finish(request, model, device, dtype, attention, frames)
         target = output if output is not None else _default_name(result)
         written = result.save(target, quality)
         if grid:
-            sheet = target.with_name(f"{target.stem}-grid{target.suffix}")
+            sheet = _sheet_name(target)
             page = contact_sheet(result.images)
             format = metadata.picture_format(sheet)
             sheet.write_bytes(
@@ -371,7 +375,7 @@ def _check_output(path: Path) -> None:
     _check_writable(path)
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, field: str = "output") -> None:
     """Refuse an output that cannot be written, before any time is spent on drawing."""
     try:
         if path.is_dir():
@@ -382,7 +386,11 @@ def _check_writable(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InvalidRequest("output", str(path), f"cannot be written ({reason})") from error
+        raise InvalidRequest(field, str(path), f"cannot be written ({reason})") from error
+
+
+def _sheet_name(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-grid{path.suffix}")
 
 
 def _default_name(result: Result) -> Path:
@@ -410,9 +418,9 @@ def _recorded_model(known: dict[str, Any]) -> str:
     for entry in bundled_models():
         if entry.name == known.get("name"):
             return str(entry.path)
-    if known.get("hub_id"):
-        return str(known["hub_id"])
-    raise InvalidRequest("model", known.get("name"), "not bundled; say where it is with --model")
+    # What a picture names is not fetched unasked.
+    name = known.get("hub_id") or known.get("name")
+    raise InvalidRequest("model", name, "not bundled; say where it is: --model FOLDER or HUB ID")
 
 
 def _distance(first, copy: bytes) -> int | str:

@@ -58,7 +58,8 @@ def load_mask(source: Any, field: str = "mask_image") -> Image.Image:
     grey = load_image(source, field).convert("L")
     mask = grey.point(lambda value: 255 if value >= 128 else 0)
     if mask.getextrema() == (0, 0):
-        raise InvalidRequest(field, source, "all black, so nothing would be repainted; paint white")
+        hint = "all black, so nothing would be repainted; white is 255, or True or 1.0 in an array"
+        raise InvalidRequest(field, source, hint)
     return mask
 
 

@@ -37,11 +37,13 @@ __all__ = [
     "FORMATS",
     "Infotext",
     "Picture",
+    "check_fits",
     "differences",
     "encode",
     "encode_result",
     "fingerprint",
     "infotext",
+    "numbered",
     "parse_infotext",
     "picture_format",
     "read",
@@ -82,13 +84,24 @@ def save_result(result: Result, path: str | Path, quality: int | None = None) ->
         raise InvalidRequest("output_type", result.request.output_type, hint)
     format = picture_format(path)
     quality = quality if quality is not None else QUALITY
-    many = len(result.images) > 1
-    written = []
-    for k in range(len(result.images)):
-        target = path.with_name(f"{path.stem}-{k + 1}{path.suffix}") if many else path
+    targets = numbered(path, len(result.images))
+    for k, target in enumerate(targets):
         target.write_bytes(encode_result(result, k, format, quality))
-        written.append(target)
-    return written
+    return targets
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Where `count` pictures go: the path itself, or apple-1.png, apple-2.png and so on."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k + 1}{path.suffix}") for k in range(count)]
+
+
+def check_fits(format: str, request: Request) -> None:
+    """Refuse prompts that are too long for the metadata of a JPEG, before they are drawn."""
+    texts = [*request.prompt, *(request.negative_prompt or ())]
+    if format == "JPEG" and sum(len(text.encode("utf-16")) * 2 for text in texts) > 60_000:
+        raise InvalidRequest("output", "JPEG", "its metadata cannot hold such a prompt; PNG can")
 
 
 def picture_format(path: Path) -> str:
@@ -131,7 +144,11 @@ def encode(
             exif[_EXIF][_MAKER_NOTE] = packed.encode()
         options |= {"exif": exif, "quality": quality}
     stream = io.BytesIO()
-    image.save(stream, format, **options)
+    try:
+        image.save(stream, format, **options)
+    except ValueError as error:  # the EXIF of a JPEG holds 64 KiB
+        hint = f"{format} cannot hold the metadata ({error}); PNG can"
+        raise InvalidRequest("output", format, hint) from error
     return stream.getvalue()
 
 
@@ -238,7 +255,7 @@ def read(path: str | Path) -> Picture:
     packed = info.get("latentgen") or exif.get(_MAKER_NOTE)
     try:
         known = json.loads(packed) if packed else None
-    except (ValueError, TypeError):  # a camera's own maker note
+    except (ValueError, TypeError, RecursionError):  # a camera's own maker note
         known = None
     if not _is_record(known):
         known = None
@@ -272,10 +289,16 @@ def request_from_record(known: dict[str, Any], **pictures: Any) -> Request:
         known: our record.
         pictures: `image` and `mask_image`, for a picture that was made from others.
     """
-    try:
-        return Request(**known["request"], **_given(pictures))
-    except TypeError as error:
-        raise InvalidRequest("picture", "its record", f"of another version ({error})") from error
+    names = {field.name for field in fields(Request)} - _NOT_RECORDED
+    if strange := sorted(known["request"].keys() - names):
+        raise InvalidRequest("picture", strange, "its record has fields that none of ours has")
+    given = _given(pictures)
+    for name in _PICTURES:
+        if name in given and name not in known["pictures"]:
+            raise InvalidRequest(
+                name, given[name], "the picture was not made from one; leave it out"
+            )
+    return Request(**known["request"], **given)
 
 
 def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, list[str]]:
@@ -301,8 +324,13 @@ def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, lis
             value = left.pop(key)
             try:
                 options[name] = kind(value)
-            except ValueError:
-                notes.append(f"{key} {value!r} is not a number")
+                if name not in ("strength", "mask_blur"):
+                    Request(prompt="x", **{name: options[name]})
+            except ValueError:  # also an InvalidRequest
+                options.pop(name, None)
+                notes.append(f"{key}: {value}")
+        elif name in ("num_inference_steps", "guidance_scale", "seed"):
+            notes.append(f"{key}, which it does not tell")
     if "strength" in options and pictures.get("image") is None:
         notes.append("it was made from another picture (give it with --image)")
         options.pop("strength")
@@ -310,6 +338,8 @@ def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, lis
         options.pop("mask_blur")
     if size := re.fullmatch(r"(\d+)x(\d+)", left.pop("Size", "")):
         options |= {"width": int(size[1]), "height": int(size[2])}
+    else:
+        notes.append("Size, which it does not tell")
     if sampler := left.pop("Sampler", None):
         name = " ".join([sampler, left.pop("Schedule type", "Automatic")])
         try:
@@ -354,8 +384,10 @@ def _is_record(known: Any) -> bool:
         ("request", "pictures", "model", "settings", "versions"), dict
     )
     parts |= {"index": int, "quality": int}
-    return isinstance(known, dict) and all(
-        isinstance(known.get(name), kind) for name, kind in parts.items()
+    return (
+        isinstance(known, dict)
+        and all(isinstance(known.get(name), kind) for name, kind in parts.items())
+        and set(known["pictures"]) <= set(_PICTURES)
     )
 
 

@@ -36,6 +36,7 @@ _KINDS = {
 }
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _WEIGHTS = ("vae", "text_encoder", "unet")
+_OWN = ("num_inference_steps", "guidance_scale", "scheduler", "height", "width")
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
@@ -87,6 +88,12 @@ class Model:
         if self.path is None or self.path.is_file():
             return self.path
         return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
+
+    def write_defaults(self, folder: Path) -> None:
+        """Write `latentgen.json`, so that the model keeps its defaults where it is saved."""
+        names = ("num_inference_steps", "guidance_scale", "scheduler")  # the U-Net knows its size
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        (folder / "latentgen.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
 
     def hash(self) -> str | None:
         """The first 10 hex digits of the SHA-256 of `weight_file()`, as the WebUI counts."""
@@ -214,10 +221,9 @@ def _variant(unet: Path) -> str | None:
 
 
 def _own_defaults(path: Path) -> dict[str, Any]:
-    known = {"num_inference_steps", "guidance_scale", "scheduler", "height", "width"}
     own = read_json(path)
-    if unknown := sorted(own.keys() - known):
-        raise InvalidRequest("model", str(path), f"does not know {unknown}; knows {sorted(known)}")
+    if unknown := sorted(own.keys() - set(_OWN)):
+        raise InvalidRequest("model", str(path), f"does not know {unknown}; knows {sorted(_OWN)}")
     return own
 
 

@@ -81,7 +81,7 @@ class Result:
         """Write the pictures with their metadata; several are numbered: apple-1.png, apple-2.png.
 
         Args:
-            path: its ending says the format: .png, .jpg, .jpeg, .webp, .avif or .gif.
+            path: its ending says the format: .png, .jpg, .jpeg, .webp or .avif.
             quality: 1 to 100, for the formats that lose detail.
 
         Returns:
@@ -239,6 +239,7 @@ class LatentDiffusion(
         index = Path(save_directory) / "model_index.json"
         text = index.read_text("utf-8")
         index.write_text(text.replace('"LatentDiffusion"', '"StableDiffusionPipeline"'), "utf-8")
+        self.model.write_defaults(Path(save_directory))
 
     def _settle(self, found: Model | None, device, attention: str | None, **facts):
         self.to(device)
@@ -380,8 +381,8 @@ class LatentDiffusion(
         positive, negative = encode_prompts(
             self.tokenizer,
             self.text_encoder,
-            [self.maybe_convert_prompt(text, self.tokenizer) for text in request.prompt],
-            [self.maybe_convert_prompt(text, self.tokenizer) for text in negatives if guided],
+            [self._expand(text) for text in request.prompt],
+            [self._expand(text) for text in negatives if guided],
         )
         embeds = positive.repeat_interleave(request.num_images, dim=0)
         if guided:
@@ -391,6 +392,12 @@ class LatentDiffusion(
             unet_kwargs["timestep_cond"] = embedding.to(embeds)
         embeds = embeds.to(self.unet.dtype)
         return embeds, request.guidance_scale if guided else None, unet_kwargs
+
+    def _expand(self, text: str) -> str:
+        """Write textual-inversion tokens of several vectors out, where such are loaded."""
+        if any(name.endswith("_1") for name in self.tokenizer.added_tokens_encoder):
+            return self.maybe_convert_prompt(text, self.tokenizer)
+        return text
 
     @torch.inference_mode()
     def _start(self, request: ResolvedRequest, scheduler, timesteps: Tensor, generators):

@@ -103,3 +103,11 @@ def test_inpainting_and_img2img_start_from_the_picture(pipe):
     painted = np.asarray(pipe.inpaint("a yellow lemon", apple, mask, seed=2).image)
     assert np.array_equal(painted[:, :64], np.asarray(apple)[:, :64])
     assert not np.array_equal(painted, apple)
+
+
+def test_a_saved_copy_keeps_the_models_defaults(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    copy = latentgen.LatentDiffusion.from_pretrained(tmp_path, device="cpu")
+    first, second = (each.generate("a house", seed=1) for each in (pipe, copy))
+    assert second.request == first.request
+    assert np.array_equal(first.image, second.image)

@@ -179,6 +179,49 @@ def test_wrong_words_get_one_line_and_status_2(run, model, drawn, words, told):
     assert any(part in lines[0] for part in told.split("|")), lines[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"request": {"prompt": ["x"], "image": "in.png", "strength": 0.5}}, "none of ours"),
+        ({"request": {"prompt": ["x"], "output_type": "np"}}, "none of ours"),
+        ({"model": {"name": "other", "hub_id": "someone/other"}}, "say where it is"),
+        ({"pictures": {"etc": "0"}}, "carries no settings"),
+        ({"index": 7}, "damaged"),
+    ],
+)
+def test_a_tampered_record_opens_and_fetches_nothing(run, model, drawn, change, told):
+    run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.png")
+    known = {**metadata.read("cat.png").record, **change}
+    Path("bad.png").write_bytes(metadata.encode(Image.open("cat.png"), "PNG", "x", known, 95))
+    words = ["replay", "bad.png"] if "model" in change else ["replay", "bad.png", "-m", model]
+    assert told in run(*words, status=2).stderr
+
+
+def test_replay_says_what_is_not_told_and_needs_settings(run, model):
+    Image.new("RGB", (64, 64)).save("gimp.jpg", comment=b"Created with GIMP")
+    assert "carries no settings" in run("replay", "gimp.jpg", "-m", model, status=2).stderr
+    text = "a cat\nSteps: 2, Sampler: Euler, CFG scale: 0.5, Seed: -1"
+    data = metadata.encode(Image.new("RGB", (64, 64)), "PNG", text, None, 95)
+    Path("webui.png").write_bytes(data)
+    told = run("replay", "webui.png", "-m", model).stdout
+    for lost in ("CFG scale: 0.5", "Seed: -1", "Size, which it does not tell"):
+        assert f"not reproduced: {lost}" in told
+    run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.png")
+    refused = run("replay", "cat.png", "-m", model, "--image", "gimp.jpg", status=2)
+    assert "not made from one" in refused.stderr
+
+
+def test_every_file_is_known_to_be_writable_before_the_drawing(run, model, tmp_path):
+    (tmp_path / "x-2.png").mkdir()
+    (tmp_path / "y-grid.png").mkdir()
+    for words in (["-o", "x.png", "-n", 2], ["-o", "y.png", "--grid"], ["--gif", "no/x.gif"]):
+        refused = run("generate", "a cat", "-m", model, "--steps", 1, *words, status=2)
+        assert "cannot be written" in refused.stderr
+    refused = run("generate", "word " * 9000, "-m", model, "-o", "x.jpg", status=2)
+    assert "PNG can" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"x-2.png", "y-grid.png"}
+
+
 def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):
     def interrupt(self, request):
         raise KeyboardInterrupt
