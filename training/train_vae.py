@@ -1,7 +1,6 @@
-"""Train the autoencoder: pictures to latents an eighth of their side, with four channels.
+"""Train the autoencoder: pictures to latents an eighth of their side.
 
-    accelerate launch --mixed_precision bf16 training/train_vae.py \\
-        --train_data_dir data/icons --output_dir runs/vae
+    accelerate launch training/train_vae.py --config training/configs/vae.yaml
 
 The model is diffusers' `AutoencoderTiny`, an autoencoder without a posterior of its own. What
 makes its latents fit for diffusion is done here: noise on the latents while training, so that the
@@ -9,34 +8,90 @@ decoder forgives a U-Net's small errors, and a penalty that keeps every latent c
 mean and unit variance, so that `scaling_factor` is 1 and nothing needs normalising later.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
-from latentgen.training.data import load_pixels, random_crops, read_pictures
-from latentgen.training.loop import TrainSettings, batch_indices, new_state, train
-from latentgen.training.objective import moment_kl, reconstruction_loss
+from latentgen.images import contact_sheet
+from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.data import (
+    Batch,
+    pixel_batches,
+    random_crops,
+    read_data,
+    to_pictures,
+    to_signal,
+)
+from latentgen.training.objective import moment_kl, peak_signal_to_noise, reconstruction_loss
+from latentgen.training.run import main, run, start
 
-HELD_OUT_EVERY = 50  # one picture in fifty is never trained on and measures the PSNR
+
+@dataclass(kw_only=True)
+class VAEConfig(RunConfig):
+    crop_size: int = flag(48, help="pixels of the random crops that it learns from")
+    latent_channels: int = flag(8, help="numbers a cell of 8 x 8 pixels becomes")
+    latent_noise: float = flag(0.35, help="the largest standard deviation of noise on the latents")
+    chroma_weight: float = flag(5.0, help="weight of colour in the loss")
+    kl_weight: float = flag(0.05, help="weight of latents with zero mean and unit variance")
+    max_train_steps: int = flag(16_000, help="steps of the optimizer")
+    train_batch_size: int = flag(8, help="crops a process and micro-batch")
+    learning_rate: float = flag(1.5e-3, help="its highest value")
+    ema_decay: float = flag(0.998, help="of the averaged weights, which are the result")
+    validation_steps: int = flag(1_000, help="steps between PSNRs and reconstructions")
 
 
-def build_vae() -> AutoencoderTiny:
-    return AutoencoderTiny(
+def build_vae(latent_channels: int) -> AutoencoderTiny:
+    """1.4 M parameters, which begin as the mean colour of each cell (see `start_as_mean`)."""
+    vae = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(64, 64, 64, 64),
         num_encoder_blocks=(1, 2, 3, 3),
         num_decoder_blocks=(3, 3, 2, 1),
-        latent_channels=4,
+        latent_channels=latent_channels,
         scaling_factor=1.0,
     )
+    start_as_mean(vae)
+    return vae
+
+
+# Brightness, red against green, blue against yellow; times what brings icons near unit variance.
+OPPONENT = torch.tensor([[4 / 3, 4 / 3, 4 / 3], [6.0, -6.0, 0.0], [-2.5, -2.5, 5.0]])
+MEAN = 0.75  # of the pixels of icons, in [0, 1]
+
+
+@torch.no_grad()
+def start_as_mean(vae: AutoencoderTiny) -> None:
+    """Weights with which three latent channels are the mean colour of a cell of 8 x 8 pixels, and
+    decode to it; the other channels and all blocks learn what is missing.
+
+    From random weights the encoder spends thousands of steps on finding colour at all, and stays
+    on a plateau where green and purple are grey.
+    """
+    for block in vae.modules():
+        if isinstance(block, AutoencoderTinyBlock):
+            nn.init.zeros_(block.conv[-1].weight)
+            nn.init.zeros_(block.conv[-1].bias)
+    for part in (vae.encoder, vae.decoder):
+        convolutions = [layer for layer in part.layers if isinstance(layer, nn.Conv2d)]
+        for layer in convolutions:  # channels 0 to 2 carry red, green and blue all the way
+            layer.weight[:3] = 0
+            if layer.bias is not None:
+                layer.bias[:3] = 0
+            for channel in range(3):
+                if layer.stride == (2, 2):
+                    layer.weight[channel, channel, 1:, 1:] = 1 / 4
+                else:
+                    layer.weight[channel, channel, 1, 1] = 1
+    to_latents, from_latents = vae.encoder.layers[-1], vae.decoder.layers[0]
+    to_latents.weight[:3, :3, 1, 1] = OPPONENT
+    to_latents.bias[:3] = -MEAN * OPPONENT.sum(1)
+    from_latents.weight[:3, :3, 1, 1] = torch.linalg.inv(OPPONENT)
+    from_latents.bias[:3] = MEAN
+    vae.decoder.layers[-1].weight[:, 3:] = 0
 
 
 class CropAutoencoder(nn.Module):
@@ -47,113 +102,66 @@ class CropAutoencoder(nn.Module):
         self.vae = vae
         self.latent_noise = latent_noise
 
-    def forward(self, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        latents = self.vae.encoder(pixels).float()  # (B, 4, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        level = torch.rand((len(latents), 1, 1, 1), generator=generator).to(latents.device)
-        disturbed = latents + self.latent_noise * level * noise
+    def forward(self, pixels: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """`pixels` (B, 3, H, W), `noise` (B, C, H/8, W/8), `level` (B,) in [0, 1]."""
+        latents = self.vae.encoder(pixels).float()
+        disturbed = latents + self.latent_noise * level.reshape(-1, 1, 1, 1) * noise
         return latents, self.vae.decoder(disturbed).float()
 
 
+def train_vae() -> None:
+    config = parse_config(VAEConfig, __doc__.split("\n")[0])
+    pictures, unseen, data = read_data(config, captions=False, at_most=256)
+    pixels = torch.cat(list(pixel_batches(pictures, config.resolution)))  # (N, 3, R, R)
+    held_out = torch.cat(list(pixel_batches(unseen, config.resolution)))
+
+    accelerator = start(config)
+    device = accelerator.device
+    model = CropAutoencoder(build_vae(config.latent_channels), config.latent_noise)
+    model.to(memory_format=torch.channels_last)
+    corners = config.resolution - config.crop_size + 1
+    cell = config.crop_size // 8
+
+    def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+        tops, lefts = batch.integers(corners), batch.integers(corners)
+        crops = to_signal(random_crops(pixels[batch.rows], config.crop_size, tops, lefts))
+        crops = crops.to(device, memory_format=torch.channels_last)
+        noise = batch.normal(config.latent_channels, cell, cell).to(device)
+        latents, decoded = model(crops, noise, batch.uniform().to(device))
+        reconstruction = reconstruction_loss(decoded, crops, config.chroma_weight)
+        return reconstruction + config.kl_weight * moment_kl(latents)
+
+    def validate(model: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        return measure(model.vae, held_out)
+
+    run(model, loss_function, config, accelerator, pictures, data, validate)
+    if accelerator.is_main_process:
+        model.vae.to("cpu", memory_format=torch.contiguous_format)
+        model.vae.save_pretrained(config.output_dir)
+
+
 @torch.no_grad()
-def held_out_psnr(vae: AutoencoderTiny, pixels: Tensor, latent_noise: float = 0.0) -> float:
-    """Mean over pictures of 10 log10(1 / MSE), pixels in [0, 1] and clamped."""
+def measure(vae: AutoencoderTiny, pixels: Tensor) -> tuple[dict[str, float], Image.Image]:
+    """PSNR with and without noise on the latents, and pictures above their reconstructions."""
     generator = torch.Generator("cpu").manual_seed(0)
-    values = []
-    for batch in pixels.split(16):
-        original = batch.float() / 127.5 - 1
+    clean, disturbed, shown = [], [], []
+    for part in pixels.split(16):
+        original = to_signal(part).to(vae.device)
         latents = vae.encode(original).latents
-        latents = latents + latent_noise * torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(vae.device)
         decoded = vae.decode(latents).sample.clamp(-1, 1)
-        mse = F.mse_loss(decoded, original, reduction="none").flatten(1).mean(1) / 4
-        values.append(-10 * mse.log10())
-    return torch.cat(values).mean().item()
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train_data_dir", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--resolution", type=int, default=48, help="side of the random crops")
-    parser.add_argument("--train_batch_size", type=int, default=8)
-    parser.add_argument("--max_train_steps", type=int, default=12_000)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--lr_warmup_steps", type=int, default=200)
-    parser.add_argument(
-        "--lr_decay_steps", type=int, default=None, help="default: --max_train_steps"
-    )
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--latent_noise", type=float, default=0.35, help="largest level of it")
-    parser.add_argument("--chroma_weight", type=float, default=5.0)
-    parser.add_argument("--kl_weight", type=float, default=0.05)
-    parser.add_argument("--checkpointing_steps", type=int, default=1_000)
-    parser.add_argument("--resume_from_checkpoint", type=str, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    accelerator = Accelerator()
-    torch.manual_seed(args.seed)  # the initial weights; each step has a generator of its own
-    pictures = read_pictures(args.train_data_dir)
-    held_out_rows = range(0, len(pictures), HELD_OUT_EVERY)
-    held_out = load_pixels(args.train_data_dir, [pictures[i] for i in held_out_rows])
-    kept = [picture for i, picture in enumerate(pictures) if i % HELD_OUT_EVERY != 0]
-    pixels = load_pixels(args.train_data_dir, kept)
-
-    model = CropAutoencoder(build_vae(), args.latent_noise).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    state = new_state(model, optimizer, args.seed)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        if checkpoint is not None:
-            load_checkpoint(state, checkpoint)
-
-    def loss_function(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
-        rows = batch_indices(step, args.train_batch_size, len(pixels), args.seed)
-        crops = random_crops(pixels, rows, args.resolution, generator)
-        crops = crops.to(accelerator.device, memory_format=torch.channels_last)
-        latents, decoded = model(crops, generator)
-        return reconstruction_loss(decoded, crops, args.chroma_weight) + args.kl_weight * moment_kl(
-            latents
+        clean.append(peak_signal_to_noise(decoded, original))
+        disturbed.append(
+            peak_signal_to_noise(vae.decode(latents + 0.2 * noise).sample.clamp(-1, 1), original)
         )
-
-    settings = TrainSettings(
-        args.max_train_steps,
-        args.learning_rate,
-        args.lr_warmup_steps,
-        args.lr_decay_steps if args.lr_decay_steps is not None else args.max_train_steps,
-        args.ema_decay,
-        args.max_grad_norm,
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    started, mean_loss = time.monotonic(), 0.0
-    for report in train(state, loss_function, settings, accelerator):
-        mean_loss += report.loss / 100
-        if report.step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"step {report.step} loss {mean_loss:.4f} {seconds:.0f} s", flush=True)
-            mean_loss = 0.0
-        last = report.step == args.max_train_steps
-        if report.step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(state, args.output_dir)
-
-    vae = build_vae()
-    ema = {name.removeprefix("vae."): value for name, value in state.ema.items()}
-    vae.load_state_dict(ema)
-    vae.save_pretrained(args.output_dir / "vae")
-    measured = {
-        "held_out_pictures": len(held_out),
-        "psnr": held_out_psnr(vae.eval(), held_out),
-        "psnr_with_latent_noise_0.2": held_out_psnr(vae, held_out, 0.2),
+        shown.append(decoded[:1])
+    numbers = {
+        "psnr": torch.cat(clean).mean().item(),
+        "psnr_with_latent_noise_0.2": torch.cat(disturbed).mean().item(),
     }
-    (args.output_dir / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
-    print(measured)
+    originals = to_pictures(torch.cat([to_signal(part[:1]) for part in pixels.split(16)])[:12])
+    return numbers, contact_sheet(originals + to_pictures(torch.cat(shown)[:12]), len(originals))
 
 
 if __name__ == "__main__":
-    main()
+    main(train_vae)

@@ -1,42 +1,65 @@
 """Save and resume a run: safetensors for tensors, JSON for the rest, never a pickle.
 
 A checkpoint is a folder `checkpoint-<step>` that exists completely or not at all: it is written
-under another name and renamed when everything is on disk. It does not know what is trained.
+under another name, flushed to the disk and renamed. It does not know what is trained.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from latentgen.errors import TrainingError
+from latentgen.training.config import FREE_TO_CHANGE, RunConfig, as_json
 from latentgen.training.loop import TrainState
 
 PREFIX = "checkpoint-"
 
 
-def save_checkpoint(state: TrainState, output_dir: Path, keep: int = 2) -> Path:
-    """Write `checkpoint-<step>` and drop all but the newest `keep`."""
-    final = output_dir / f"{PREFIX}{state.step}"
-    partial = output_dir / f".{final.name}.partial"
+def save_checkpoint(
+    state: TrainState, config: RunConfig, accelerator: Accelerator, data: str
+) -> Path:
+    """Write `checkpoint-<step>`, then drop all but the newest. `data`: the data's fingerprint."""
+    final = config.output_dir / f"{PREFIX}{state.step}"
+    partial = config.output_dir / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_contiguous(state.model.state_dict()), partial / "model.safetensors")
-    save_file(_contiguous(state.ema), partial / "ema.safetensors")
-    optimizer = state.optimizer.state_dict()["state"]
-    tensors = {
-        f"{index}.{name}": value
-        for index, entry in optimizer.items()
-        for name, value in entry.items()
+    moments = state.optimizer.state_dict()["state"]
+    parts = {
+        "model": state.model.state_dict(),
+        "ema": state.ema,
+        "optimizer": {
+            f"{index}.{name}": value
+            for index, entry in moments.items()
+            for name, value in entry.items()
+        },
     }
-    save_file(_contiguous(tensors), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": state.step, "seed": state.seed}))
+    hashes = {}
+    for part, tensors in parts.items():
+        file = partial / f"{part}.safetensors"
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
+        hashes[file.name] = _sha256(file)
+        _flush(file)
+    facts = {
+        "step": state.step,
+        "processes": accelerator.num_processes,
+        "data": data,
+        "config": as_json(config),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "sha256": hashes,
+    }
+    (partial / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _flush(partial / "state.json")
+    _flush(partial)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in checkpoints(output_dir)[:-keep]:
+    _flush(config.output_dir)
+    for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
         shutil.rmtree(old)
     return final
 
@@ -47,40 +70,78 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path | None:
-    """`latest` is the newest one of the run (None when it has none yet), else a path."""
-    if resume_from_checkpoint == "latest":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
-    return Path(resume_from_checkpoint)
+def resolve_checkpoint(config: RunConfig) -> Path | None:
+    """The folder to go on from, or None for a run that starts: `latest` is the newest checkpoint
+    of the run (there is none before the first), anything else must exist.
 
-
-def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
-    """Put weights, EMA, optimizer and step back in place, exactly.
-
-    The randomness needs no state of its own: every step draws from a generator seeded by the run's
-    seed and the step's number (`loop.step_generator`).
+    Raises TrainingError when a run would start where checkpoints of another already are.
     """
-    facts = json.loads((checkpoint / "state.json").read_text())
-    if facts["seed"] != state.seed:
-        raise ValueError(f"seed: the checkpoint was made with {facts['seed']}, not {state.seed}")
+    found = checkpoints(config.output_dir)
+    wanted = config.resume_from_checkpoint
+    if wanted is None and found:
+        raise TrainingError(
+            f"{config.output_dir} has {found[-1].name}: go on with --resume_from_checkpoint "
+            "latest, or name another --output_dir"
+        )
+    if wanted is None or (wanted == "latest" and not found):
+        return None
+    chosen = found[-1] if wanted == "latest" else Path(wanted)
+    if not (chosen / "state.json").is_file():
+        raise TrainingError(f"resume_from_checkpoint: {chosen} is no checkpoint")
+    return chosen
+
+
+def load_checkpoint(
+    state: TrainState, checkpoint: Path, config: RunConfig, accelerator: Accelerator, data: str
+) -> None:
+    """Put weights, average, optimizer and step back in place, exactly.
+
+    The randomness needs no state of its own: a step draws from its number (`data.Batch`).
+    Raises TrainingError when the checkpoint is damaged, or when settings, data or the number of
+    processes are not those it was made with, for then the run would not be the same run.
+    """
+    try:
+        facts = json.loads((checkpoint / "state.json").read_text())
+        damaged = [n for n, sha in facts["sha256"].items() if _sha256(checkpoint / n) != sha]
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"{checkpoint} is damaged: {error}") from error
+    if damaged:
+        raise TrainingError(f"{checkpoint} is damaged: {', '.join(damaged)} changed on the disk")
+    now = as_json(config) | {"processes": accelerator.num_processes, "data": data}
+    then = facts["config"] | {"processes": facts["processes"], "data": facts["data"]}
+    changed = [
+        f"{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and name not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise TrainingError(
+            f"{checkpoint} cannot be continued as the same run:\n  " + "\n  ".join(changed)
+        )
     state.step = facts["step"]
     state.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     for name, value in load_file(checkpoint / "ema.safetensors").items():
         state.ema[name].copy_(value)
-    tensors = load_file(checkpoint / "optimizer.safetensors")
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
+    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         # the moments keep the parameter's memory layout: fused kernels walk both side by side
         like = torch.empty_like(parameter) if value.shape == parameter.shape else value.clone()
         state.optimizer.state[parameter][name] = like.copy_(value)
+    if accelerator.scaler is not None and facts["scaler"] is not None:
+        accelerator.scaler.load_state_dict(facts["scaler"])
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    model.load_state_dict(load_file(file))
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

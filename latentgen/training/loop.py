@@ -5,15 +5,19 @@ from or what is printed.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentgen.errors import TrainingError
+from latentgen.training.config import RunConfig
+from latentgen.training.data import Batch, Picture
 from latentgen.training.objective import learning_rate_at
 
-LossFunction = Callable[[nn.Module, int, torch.Generator], Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass
@@ -23,20 +27,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
-    seed: int
     step: int = 0
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What the loop itself needs to know; defaults belong to the scripts."""
-
-    max_train_steps: int
-    learning_rate: float
-    lr_warmup_steps: int
-    lr_decay_steps: int
-    ema_decay: float
-    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -49,60 +40,71 @@ class StepReport:
     grad_norm: float
 
 
-def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> TrainState:
+def new_state(model: nn.Module, config: RunConfig) -> TrainState:
+    """The model with AdamW and an average of its weights, before the first step."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return TrainState(model, optimizer, ema, seed)
-
-
-def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The randomness of one step on one process: a function of numbers, so resuming is exact."""
-    return torch.Generator("cpu").manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
-
-
-def batch_indices(step: int, batch_size: int, size: int, seed: int) -> Tensor:
-    """The rows of batch `step`: every epoch is a permutation of its own, and batches run on across
-    epochs, so that no row is dropped and any step's batch can be named without the ones before."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    rows = torch.empty_like(positions)
-    for epoch in torch.unique(positions // size).tolist():
-        order = torch.randperm(size, generator=step_generator(seed, epoch, rank=1_008))
-        inside = positions // size == epoch
-        rows[inside] = order[positions[inside] % size]
-    return rows
+    return TrainState(model, optimizer, ema)
 
 
 def train(
     state: TrainState,
     loss_function: LossFunction,
-    settings: TrainSettings,
+    config: RunConfig,
     accelerator: Accelerator,
+    pictures: list[Picture],
 ) -> Iterator[StepReport]:
-    """Run the remaining steps, one a `next`. `loss_function(model, step, generator)` is a scalar.
+    """Run the remaining steps, one a `next`. `loss_function(model, batch)` is the batch's mean.
 
-    Raises FloatingPointError with the step's number when the loss is not finite, before the weights
-    are touched.
+    Raises TrainingError with the step's number and the files of the batch when the loss or the
+    gradient is not finite, before the weights are touched.
     """
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     model.train()
-    while state.step < settings.max_train_steps:
-        generator = step_generator(state.seed, state.step, accelerator.process_index)
+    micro_batches = config.gradient_accumulation_steps
+    share = config.train_batch_size
+    total = share * micro_batches * accelerator.num_processes
+    while state.step < config.max_train_steps:
         rate = learning_rate_at(
-            state.step, settings.learning_rate, settings.lr_warmup_steps, settings.lr_decay_steps
+            state.step,
+            config.learning_rate,
+            config.lr_warmup_steps,
+            config.max_train_steps,
+            config.lr_scheduler,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with accelerator.autocast():
-            loss = loss_function(model, state.step, generator)
-        value = loss.item()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {state.step} is {value}")
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        mean = torch.zeros((), device=accelerator.device)
+        rows = []
+        for micro_batch in range(micro_batches):
+            start = (micro_batch * accelerator.num_processes + accelerator.process_index) * share
+            places = slice(start, start + share)
+            batch = Batch(config.seed, state.step, places, total, len(pictures))
+            rows += batch.rows.tolist()
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = loss_function(model, batch)
+                shared = accelerator.reduce(loss.detach(), "mean")
+                if not torch.isfinite(shared):
+                    raise _not_finite("loss", shared, state.step, pictures, batch.rows.tolist())
+                mean += shared / micro_batches
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    # fp16's scaler finds its scale by overflowing: it skips such steps itself
+                    if accelerator.scaler is None and not torch.isfinite(norm):
+                        raise _not_finite("gradient", norm, state.step, pictures, rows)
+                optimizer.step()
+                optimizer.zero_grad()
         state.step += 1
-        update_ema(state, settings.ema_decay)
-        yield StepReport(state.step, value, rate, float(norm))
+        update_ema(state, config.ema_decay)
+        yield StepReport(state.step, mean.item(), rate, float(norm))
 
 
 @torch.no_grad()
@@ -111,3 +113,27 @@ def update_ema(state: TrainState, decay: float) -> None:
     weights = state.model.state_dict()
     young = min(decay, (1 + state.step) / (10 + state.step))
     torch._foreach_lerp_(list(state.ema.values()), [weights[n] for n in state.ema], 1 - young)
+
+
+@contextmanager
+def averaged(state: TrainState) -> Iterator[nn.Module]:
+    """The model with its averaged weights, in evaluation mode; its own come back afterwards."""
+    own = {name: value.clone() for name, value in state.model.state_dict().items()}
+    state.model.load_state_dict(state.ema)
+    state.model.eval()
+    try:
+        with torch.no_grad():
+            yield state.model
+    finally:
+        state.model.load_state_dict(own)
+        state.model.train()
+
+
+def _not_finite(
+    what: str, value: Tensor, step: int, pictures: list[Picture], rows: list[int]
+) -> TrainingError:
+    files = "\n  ".join(str(pictures[row].file) for row in rows)
+    return TrainingError(
+        f"the {what} of step {step} is {value.item()}; nothing was changed by it, and the last "
+        f"checkpoint is good. The batch:\n  {files}"
+    )

@@ -2,6 +2,8 @@
 
 Papers: [1] Ho et al. 2020, DDPM. [2] Salimans & Ho 2022, progressive distillation (v-prediction).
 [3] Hang et al. 2023, min-SNR weighting. [4] van den Oord et al. 2018, CPC (InfoNCE).
+[5] Rombach et al. 2022, latent diffusion. [6] Nichol & Dhariwal 2021, improved DDPM (17).
+[7] Xu et al. 2022, GeoDiff.
 """
 
 import math
@@ -20,14 +22,18 @@ def noisy_latents(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Ten
 def prediction_target(
     latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """What the U-Net predicts: the noise [1], or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 [2]."""
+    """What the U-Net predicts: the noise [1], the picture itself (`sample`), or
+    v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 [2]."""
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == "sample":
+        return latents
     if prediction_type == "v_prediction":
         signal, scale = _broadcast(alphas_cumprod, latents)
         return signal * noise - scale * latents
     raise ValueError(
-        f"prediction_type: {prediction_type!r} is unknown; use 'epsilon' or 'v_prediction'"
+        f"prediction_type: {prediction_type!r} is unknown; "
+        "use 'epsilon', 'v_prediction' or 'sample'"
     )
 
 
@@ -38,7 +44,7 @@ def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: floa
     the weights on these are min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    per_error = {"epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
     return snr.clamp(max=snr_gamma) / per_error
 
 
@@ -48,12 +54,47 @@ def diffusion_loss(
     alphas_cumprod: Tensor,
     prediction_type: str,
     snr_gamma: float | None,
+    loss: str = "l2",
 ) -> Tensor:
-    """Mean squared error, weighted by row when `snr_gamma` is given; a scalar, in fp32."""
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
+    """Mean error of each row, weighted by row when `snr_gamma` is given; a scalar, in fp32.
+
+    `loss`: `l2`, `l1`, or `huber` (l2 up to an error of 0.1, l1 beyond).
+    """
+    error = LOSSES[loss](prediction.float() - target.float()).flatten(1).mean(1)  # (B,)
     if snr_gamma is not None:
         error = error * min_snr_weight(alphas_cumprod, prediction_type, snr_gamma)
     return error.mean()
+
+
+HUBER_DELTA = 0.1
+LOSSES = {
+    "l2": torch.square,
+    "l1": torch.abs,
+    "huber": lambda error: F.huber_loss(
+        error, torch.zeros_like(error), reduction="none", delta=HUBER_DELTA
+    ),
+}
+
+
+def noise_schedule(
+    beta_schedule: str, steps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02
+) -> Tensor:
+    """The betas of a forward process, (steps,). `linear` [1]; `quadratic` and its other name
+    `scaled_linear`: linear in the square root [5]; `cosine` [6]; `sigmoid` [7]."""
+    if beta_schedule == "linear":
+        return torch.linspace(beta_start, beta_end, steps)
+    if beta_schedule in ("quadratic", "scaled_linear"):
+        return torch.linspace(beta_start**0.5, beta_end**0.5, steps).square()
+    if beta_schedule == "sigmoid":
+        return torch.linspace(-6, 6, steps).sigmoid() * (beta_end - beta_start) + beta_start
+    if beta_schedule == "cosine":
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        signal = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
+        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999).float()
+    raise ValueError(
+        f"beta_schedule: {beta_schedule!r} is unknown; use linear, scaled_linear, quadratic, "
+        "cosine or sigmoid"
+    )
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, chroma_weight: float) -> Tensor:
@@ -74,6 +115,11 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor, chroma_weight: float) -
     return sharp + 2 * coarse.abs().mean() + chroma_weight * chroma
 
 
+def peak_signal_to_noise(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """10 log10(peak^2 / mean squared error) of each picture in dB, (B,), for values in [-1, 1]."""
+    return 10 * (4 / (decoded - pixels).square().flatten(1).mean(1)).log10()
+
+
 def moment_kl(latents: Tensor) -> Tensor:
     """KL of N(mean, variance) of each latent channel over the batch to N(0, 1), a scalar.
 
@@ -92,12 +138,27 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return (1 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, labels)
 
 
-def learning_rate_at(step: int, peak: float, warmup_steps: int, decay_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at `decay_steps`."""
+def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """CLIP's: InfoNCE [4] of pictures among texts and of texts among pictures; both (B, D)."""
+    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+    logits = logit_scale * images @ texts.T  # (B, B)
+    labels = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def learning_rate_at(
+    step: int, peak: float, warmup_steps: int, total_steps: int, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up, then constant, or down to zero at `total_steps`: half a cosine or a line."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    shapes = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return peak * shapes[schedule]
 
 
 def _broadcast(alphas_cumprod: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,137 @@
+"""The settings of a run: a dataclass is the list of flags, filled from `--config` and the shell.
+
+Flag names are those of diffusers' examples. It knows what every training shares; what a script
+trains, it adds in a dataclass of its own.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def flag(default=..., *, help: str):
+    """A dataclass field whose `help` the shell shows; without a default it is required."""
+    if default is ...:
+        return field(metadata={"help": help})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What the loop, the checkpoints and the log need to know."""
+
+    output_dir: Path = flag(help="where the result, checkpoints, samples and logs go")
+    train_data_dir: Path = flag(help="a folder of pictures, with captions where they are needed")
+    metadata_file: str = flag("metadata.jsonl", help="the listing inside --train_data_dir")
+    validation_data_dir: Path | None = flag(
+        None, help="pictures that measure; default: every 50th of the training folder"
+    )
+    allow_duplicates: bool = flag(False, help="train on the same picture twice")
+    resolution: int = flag(128, help="pixels of a picture's side")
+    seed: int = flag(0, help="of the initial weights, the order of the data and all noise")
+    max_train_steps: int = flag(1000, help="steps of the optimizer")
+    train_batch_size: int = flag(32, help="pictures a process and micro-batch")
+    gradient_accumulation_steps: int = flag(1, help="micro-batches a step")
+    learning_rate: float = flag(1e-3, help="its highest value")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
+        "cosine", help="how it falls to zero after the warm-up, if it does"
+    )
+    lr_warmup_steps: int = flag(200, help="steps of a linear rise from zero")
+    adam_beta1: float = flag(0.9, help="AdamW: memory of the mean gradient")
+    adam_beta2: float = flag(0.99, help="AdamW: memory of its square")
+    adam_weight_decay: float = flag(0.01, help="AdamW: weight decay")
+    max_grad_norm: float = flag(1.0, help="gradients longer than this are scaled down")
+    ema_decay: float = flag(0.999, help="of the averaged weights, which are the result")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, help="default: what `accelerate launch` says"
+    )
+    validation_steps: int = flag(500, help="steps between held-out losses and sample pictures")
+    checkpointing_steps: int = flag(500, help="steps between checkpoints")
+    checkpoints_total_limit: int = flag(2, help="older checkpoints go when a new one is whole")
+    resume_from_checkpoint: str | None = flag(
+        None, help="`latest`, or a checkpoint's folder: go on exactly there"
+    )
+    report_to: Literal["tensorboard", "wandb", "none"] = flag(
+        "tensorboard", help="where losses and samples are logged"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            _at_least(self, name, 1)
+        for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            _at_least(self, name, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0 means no average")
+
+
+# Settings that may change between a checkpoint and the run that goes on from it.
+FREE_TO_CHANGE = frozenset(
+    {
+        "output_dir",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+    }
+)
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def parse_config(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
+    """Flags from the shell over those of `--config FILE.yaml`; a wrong one ends the program with
+    a line that names it."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="a YAML file of flags; the shell's win")
+    file = _config_file(argv)
+    if file is not None:
+        argv = [*_flags(file, parser), *argv]
+    namespace = vars(parser.parse_args(argv))
+    del namespace["config"]
+    try:
+        return kind(**namespace)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def as_json(config: RunConfig) -> dict:
+    """The settings as JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+
+
+def _config_file(argv: list[str]) -> Path | None:
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            return Path(argv[at + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return None
+
+
+def _flags(file: Path, parser: HfArgumentParser) -> list[str]:
+    """The file's settings as the words that would be typed, so that one parser checks both."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {file}: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"--config {file}: it must be a list of `flag: value` lines")
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(one) for one in values)]
+    return words
+
+
+def _at_least(config: RunConfig, name: str, least: int) -> None:
+    if getattr(config, name) < least:
+        raise ValueError(f"{name}: {getattr(config, name)} is too small; use {least} or more")

@@ -1,0 +1,159 @@
+"""One run from its first step to its last: what every training script does around its loss.
+
+Progress bar, log, held-out loss and sample pictures at intervals, checkpoints, resume, and an
+orderly end when asked to stop. It does not know what is trained.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from latentgen.errors import LatentgenError
+from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from latentgen.training.config import RunConfig, as_json
+from latentgen.training.data import Picture
+from latentgen.training.loop import LossFunction, averaged, new_state, train
+
+Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
+
+
+def start(config: RunConfig) -> Accelerator:
+    """The accelerator of a run. From here on the initial weights depend on the seed alone."""
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to if config.report_to != "none" else None,
+        project_dir=config.output_dir / "logs",
+    )
+    set_seed(config.seed)
+    return accelerator
+
+
+def run(
+    model: nn.Module,
+    loss_function: LossFunction,
+    config: RunConfig,
+    accelerator: Accelerator,
+    pictures: list[Picture],
+    data: str,
+    validate: Validation,
+) -> None:
+    """Train `model` to the last step; it ends with its averaged weights in place.
+
+    `pictures` are those that the batches' rows name, `data` is their fingerprint, and
+    `validate(model)` measures the averaged weights: numbers for the log and, if it has one, a
+    picture. Raises TrainingError (see `loop.train`, `checkpoint.load_checkpoint`), and SystemExit
+    once a checkpoint is written after SIGTERM or Ctrl-C.
+    """
+    resume = resolve_checkpoint(config)
+    model.to(accelerator.device)
+    state = new_state(model, config)
+    if resume is not None:
+        load_checkpoint(state, resume, config, accelerator, data)
+        accelerator.print(f"going on from {resume}")
+    if accelerator.is_main_process:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(as_json(config), indent=2) + "\n"
+        (config.output_dir / "training_config.json").write_text(settings)
+    accelerator.init_trackers("latentgen" if config.report_to == "wandb" else "")
+    bar = tqdm(
+        total=config.max_train_steps,
+        initial=state.step,
+        disable=not accelerator.is_main_process,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        unit="step",
+    )
+    with stop_requests() as requested, bar:
+        for report in train(state, loss_function, config, accelerator, pictures):
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
+            numbers = {
+                "loss": report.loss,
+                "learning_rate": report.learning_rate,
+                "grad_norm": report.grad_norm,
+            }
+            last = report.step == config.max_train_steps
+            if accelerator.is_main_process and (last or report.step % config.validation_steps == 0):
+                with averaged(state) as average:
+                    measured, picture = validate(average)
+                numbers |= measured
+                told = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+                bar.write(f"step {report.step}: {told}", file=sys.stdout)
+                if picture is not None:
+                    _keep_picture(picture, report.step, config.output_dir, accelerator)
+            accelerator.log(numbers, step=report.step)
+            stop = _any_process(accelerator, bool(requested))
+            if last or stop or report.step % config.checkpointing_steps == 0:
+                if accelerator.is_main_process:
+                    save_checkpoint(state, config, accelerator, data)
+                accelerator.wait_for_everyone()
+            if stop and not last:
+                accelerator.end_training()
+                accelerator.print(f"stopped after step {report.step}; its checkpoint is written")
+                raise SystemExit(128 + requested[0] if requested else 1)
+    accelerator.end_training()
+    model.load_state_dict(state.ema)
+    model.eval()
+
+
+def main(train_model: Callable[[], None]) -> None:
+    """Call a script's `train_model` and end with a plain message for what went wrong on purpose."""
+    try:
+        train_model()
+    except LatentgenError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGTERM or SIGINT; a second one ends the
+    process at once, and so does the first once the block is left."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    for each in before:
+        signal.signal(each, handle)
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _any_process(accelerator: Accelerator, requested: bool) -> bool:
+    """Whether any process was asked to stop: all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return requested
+    told = torch.tensor(float(requested), device=accelerator.device)
+    return bool(accelerator.reduce(told, "sum") > 0)
+
+
+def _keep_picture(
+    picture: Image.Image, step: int, output_dir: Path, accelerator: Accelerator
+) -> None:
+    samples = output_dir / "samples"
+    samples.mkdir(exist_ok=True)
+    picture.save(samples / f"step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(picture)
+            tracker.writer.add_image("samples", pixels, step, dataformats="HWC")
+        else:
+            tracker.log_images({"samples": [picture]}, step=step)
