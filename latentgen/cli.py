@@ -201,6 +201,86 @@ def replay(
 
 
 @app.command()
+def evaluate(
+    prompts: Annotated[Path, typer.Argument(help="A prompt set (YAML).", show_default=False)],
+    model: ModelName = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("evaluation"),
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="A prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="A CLIP, or a model folder with one.", show_default="the model's own"),
+    ] = None,
+    real_dir: Annotated[Path | None, typer.Option(help="Real pictures, for KID.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Measure the pictures of this folder, in order, instead of drawing."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+) -> None:
+    """Measure a model on a prompt set: CLIP score, retrieval, KID, diversity, time."""
+    with _reporting():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from . import modelfolder
+        from .promptfile import read_prompts
+        from .request import Request
+
+        wanted = read_prompts(prompts)
+        flags = {"scheduler": scheduler, "guidance_scale": guidance_scale}
+        flags["num_inference_steps"] = steps
+        settings = {name: value for name, value in flags.items() if value is not None}
+        found = modelfolder.find(model)
+        for entry in wanted.entries:
+            Request(**(entry | settings | {"num_images": num_images})).resolve(found)
+        judge_folder = clip if clip is not None else found.path
+        if judge_folder is None or (clip is None and not (found.path / "image_encoder").is_dir()):
+            hint = "the model has no image_encoder; name one, like openai/clip-vit-base-patch32"
+            raise InvalidRequest("clip", clip, hint)
+        if images is not None and not images.is_dir():
+            raise InvalidRequest("images", images, "no such folder")
+        if real_dir is not None and not real_dir.is_dir():
+            raise InvalidRequest("real_dir", real_dir, "no such folder")
+        console = Console(stderr=True)
+        with console.status("loading"):
+            from .evaluate import Evaluation, Judge, measure
+            from .evaluate import evaluate as run_evaluation
+            from .images import read_pictures
+            from .pipeline import LatentDiffusion
+
+            real = read_pictures(real_dir) if real_dir is not None else None
+            judge = Judge(judge_folder)
+        if images is not None:
+            pictures = read_pictures(images)
+            metrics = measure(pictures, wanted.prompts, judge, real)
+            facts = {"images": str(images), "prompts": wanted.name, "clip": judge.name}
+            evaluation = Evaluation(metrics, facts, pictures, wanted.prompts)
+        else:
+            pipe = LatentDiffusion.from_pretrained(model, device, dtype, attention)
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("drawing", total=None)
+                evaluation = run_evaluation(
+                    pipe,
+                    wanted,
+                    judge,
+                    real,
+                    num_images,
+                    seed,
+                    lambda done, total: progress.update(task, completed=done, total=total),
+                    **settings,
+                )
+        for name, value in evaluation.metrics.items():
+            typer.echo(f"{name:20} {value:.4f}")
+        typer.echo(", ".join(str(path) for path in evaluation.save(output)))
+
+
+@app.command()
 def models() -> None:
     """List the models on this machine."""
     from rich.console import Console

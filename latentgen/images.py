@@ -24,6 +24,7 @@ __all__ = [
     "contact_sheet",
     "load_image",
     "load_mask",
+    "read_pictures",
     "to_pil",
     "to_tensor",
 ]
@@ -109,6 +110,19 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> 
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
+
+
+def read_pictures(folder: str | Path) -> list[Image.Image]:
+    """Every picture below a folder in the order of their paths, in RGB on white.
+
+    Raises:
+        InvalidRequest: there is none, or one of them cannot be read; it is named.
+    """
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes)
+    if not files:
+        raise InvalidRequest("folder", str(folder), f"it holds no picture ({sorted(suffixes)})")
+    return [load_image(file, "picture") for file in files]
 
 
 def _open(source: Any, field: str) -> Image.Image:

@@ -26,7 +26,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     CLIPConfig,
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
 )
@@ -230,7 +230,7 @@ def train_clip() -> None:
         tokenizer.save_pretrained(config.output_dir)
         tokenizer.backend_tokenizer.model.save(str(config.output_dir))  # vocab.json, merges.txt
         side = {"height": config.resolution, "width": config.resolution}
-        CLIPImageProcessor(
+        CLIPImageProcessorPil(
             size=side,
             do_center_crop=False,
             crop_size=side,

@@ -32,7 +32,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextModel,
     CLIPTokenizer,
@@ -364,7 +364,7 @@ def save_model(
     pipeline.to("cpu", dtype).save_pretrained(folder)
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # for older readers
     if pipeline.image_encoder is not None:
-        CLIPImageProcessor.from_pretrained(config.pretrained_text_encoder_path).save_pretrained(
+        CLIPImageProcessorPil.from_pretrained(config.pretrained_text_encoder_path).save_pretrained(
             folder / "image_encoder"
         )
     for file in folder.glob("*/config.json"):

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentgen.errors import DataError
+from latentgen.errors import DataError, InvalidRequest
+from latentgen.images import load_image
 from latentgen.training.config import RunConfig
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
@@ -62,12 +63,10 @@ def check_pictures(
         if captions and not any(caption.strip() for caption in picture.captions):
             problems.setdefault("without a caption", []).append(f"{picture.file}")
         try:
-            image = open_picture(picture.file)
-        except FileNotFoundError:
-            problems.setdefault("missing", []).append(f"{picture.file}")
-            continue
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problems.setdefault("unreadable", []).append(f"{picture.file}: {error}")
+            image = load_image(picture.file)
+        except InvalidRequest as error:
+            kind = "unreadable" if picture.file.exists() else "missing"
+            problems.setdefault(kind, []).append(f"{picture.file}: {error.hint}")
             continue
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         if digest in seen and not allow_duplicates:
@@ -101,22 +100,11 @@ def read_data(
     return pictures, unseen[:at_most], data
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Decoded whole, upright, in RGB; what is transparent is white."""
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-
-
 def pixel_batches(pictures: list[Picture], resolution: int, size: int = 64) -> Iterator[Tensor]:
     """All pictures in order, the shorter side scaled to `resolution` and the middle square of it:
     (B, 3, resolution, resolution), uint8."""
     for start in range(0, len(pictures), size):
-        images = [open_picture(picture.file) for picture in pictures[start : start + size]]
+        images = [load_image(picture.file) for picture in pictures[start : start + size]]
         square = (resolution, resolution)
         arrays = [np.asarray(ImageOps.fit(image, square, Image.LANCZOS)) for image in images]
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.utils import logging as diffusers_log
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_log
 
 from latentgen.errors import LatentgenError
 from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
@@ -30,7 +32,12 @@ Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
 
 
 def start(config: RunConfig) -> Accelerator:
-    """The accelerator of a run. From here on the initial weights depend on the seed alone."""
+    """The accelerator of a run. From here on the initial weights depend on the seed alone, and the
+    libraries keep to errors: what a run has to say stands in its log."""
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    diffusers_log.set_verbosity_error()
+    diffusers_log.disable_progress_bar()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

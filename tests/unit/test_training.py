@@ -1,25 +1,38 @@
-"""The training core: the objective by hand, exact resume, and the tokenizer's 77 ids."""
+"""The training core: the objective by hand, the data, the loop, exact resume, the tokenizer."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from latentgen.errors import DataError, TrainingError
 from latentgen.training import objective
-from latentgen.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
+from latentgen.training.checkpoint import checkpoints, resolve_checkpoint
+from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.data import (
+    Batch,
+    Picture,
+    batch_rows,
+    cached,
+    check_pictures,
+    pixel_batches,
+    random_crops,
+    read_data,
+    read_folder,
 )
-from latentgen.training.data import caption_forms, random_crops, read_subjects
-from latentgen.training.loop import TrainSettings, batch_indices, new_state, step_generator, train
+from latentgen.training.loop import new_state, train
+from latentgen.training.run import run
 
 MODEL = Path(__file__).parents[2] / "latentgen" / "models" / "latentgen-icons-128"
 
@@ -38,6 +51,7 @@ def test_targets_by_hand():
     v = torch.tensor([[[[0.6 * 0.5 - 0.8 * 1, 0.6 * 1 + 0.8 * 2]]]])
     torch.testing.assert_close(objective.prediction_target(X_0, NOISE, ALPHAS, "v_prediction"), v)
     assert torch.equal(objective.prediction_target(X_0, NOISE, ALPHAS, "epsilon"), NOISE)
+    assert torch.equal(objective.prediction_target(X_0, NOISE, ALPHAS, "sample"), X_0)
     with pytest.raises(ValueError, match=r"prediction_type.*'v_prediction'"):
         objective.prediction_target(X_0, NOISE, ALPHAS, "velocity")
 
@@ -49,6 +63,9 @@ def test_targets_by_hand():
         ("epsilon", 0.9, 5 / 9),  # snr 9 is above it: gamma / snr
         ("v_prediction", 0.36, 0.5625 / 1.5625),
         ("v_prediction", 0.9, 5 / 10),
+        ("v_prediction", 0.0, 0.0),  # pure noise tells nothing, and divides by nothing
+        ("sample", 0.36, 0.5625),
+        ("sample", 0.9, 5.0),
     ],
 )
 def test_min_snr_weight_by_hand(prediction_type, alpha, weight):
@@ -64,6 +81,50 @@ def test_loss_weighs_each_row_before_the_mean():
     weighted = objective.diffusion_loss(prediction, target, alphas, "v_prediction", 5.0)
     assert plain.item() == pytest.approx((5 + 2) / 2)
     assert weighted.item() == pytest.approx((5 * 0.36 + 2 * 0.5) / 2)
+
+
+def test_loss_kinds_by_hand():
+    prediction, target = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.05, -2.0]]]])
+    arguments = (prediction, target, torch.tensor([0.5]), "epsilon", None)
+    assert objective.diffusion_loss(*arguments, "l1").item() == pytest.approx((0.05 + 2) / 2)
+    assert objective.diffusion_loss(*arguments, "l2").item() == pytest.approx((0.0025 + 4) / 2)
+    huber = (0.05**2 / 2 + 0.1 * (2 - 0.1 / 2)) / 2  # squared below 0.1, a line beyond
+    assert objective.diffusion_loss(*arguments, "huber").item() == pytest.approx(huber)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("linear", "linear"),
+        ("scaled_linear", "scaled_linear"),
+        ("quadratic", "scaled_linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sigmoid", "sigmoid"),
+    ],
+)
+def test_noise_schedules_are_those_of_diffusers(name, theirs):
+    from diffusers import DDPMScheduler
+
+    betas = DDPMScheduler(1000, beta_start=0.001, beta_end=0.03, beta_schedule=theirs).betas
+    torch.testing.assert_close(objective.noise_schedule(name, 1000, 0.001, 0.03), betas)
+
+
+def test_an_unknown_noise_schedule_names_those_there_are():
+    with pytest.raises(ValueError, match="cosine"):
+        objective.noise_schedule("straight")
+
+
+def test_contrastive_loss_by_hand():
+    images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    rows = [np.log(np.exp(2) + np.exp(2 * 0.6)) - 2, np.log(np.exp(0) + np.exp(2 * 0.8)) - 1.6]
+    columns = [np.log(np.exp(2) + np.exp(0)) - 2, np.log(np.exp(1.2) + np.exp(1.6)) - 1.6]
+    found = objective.contrastive_loss(5 * images, 3 * texts, 2.0)
+    assert found.item() == pytest.approx((np.mean(rows) + np.mean(columns)) / 2, rel=1e-5)
+
+
+def test_peak_signal_to_noise_by_hand():
+    black, grey = torch.full((1, 3, 2, 2), -1.0), torch.zeros(1, 3, 2, 2)
+    assert objective.peak_signal_to_noise(grey, black).tolist() == pytest.approx([6.0206], abs=1e-4)
 
 
 def test_perfect_v_gives_back_the_picture():
@@ -109,144 +170,438 @@ def test_distillation_loss_prefers_the_own_teacher():
     assert wrong.item() == pytest.approx(1 + 20, rel=1e-3)
 
 
-def test_learning_rate_rises_then_falls_to_zero():
+def test_learning_rate_rises_then_follows_its_schedule():
     rates = [objective.learning_rate_at(step, 2.0, 4, 12) for step in range(13)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[8] == pytest.approx(1.0)
     assert rates[12] == pytest.approx(0.0)
+    assert objective.learning_rate_at(10, 2.0, 4, 12, "constant") == 2.0
+    assert objective.learning_rate_at(10, 2.0, 4, 12, "linear") == pytest.approx(0.5)
+
+
+# Settings.
+
+
+@dataclass(kw_only=True)
+class SmallConfig(RunConfig):
+    extra: int = flag(3, help="something of its own")
+
+
+def test_the_shell_wins_over_the_file_and_both_are_checked(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("train_data_dir: pictures\noutput_dir: out\nseed: 5\nlearning_rate: 1e-4\n")
+    config = parse_config(SmallConfig, "", ["--config", str(file), "--seed", "6"])
+    assert (config.seed, config.learning_rate, config.extra) == (6, 1e-4, 3)
+    assert config.output_dir == Path("out")
+    for wrong, told in [
+        ("sed: 5", "--sed"),
+        ("seed: five", "seed"),
+        ("lr_scheduler: cosin", "cosine"),
+        ("train_batch_size: 0", "train_batch_size: 0"),
+        ("ema_decay: 1", "ema_decay"),
+        ("- seed", "flag: value"),
+    ]:
+        file.write_text(f"{wrong}\n")
+        given = ["--config", str(file), "--train_data_dir", "a", "--output_dir", "b"]
+        with pytest.raises(SystemExit) as ended:
+            parse_config(SmallConfig, "", given)
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+# Data.
+
+
+def draw(file: Path, shade: int, size=(16, 16)) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 255 - shade, 7)).save(file)
+    return file
+
+
+def test_a_folder_is_read_by_its_listing_or_by_text_files(tmp_path):
+    draw(tmp_path / "a" / "one.png", 1)
+    draw(tmp_path / "two.jpg", 90)
+    (tmp_path / "two.txt").write_text("a second thing\n")
+    found = read_folder(tmp_path)
+    assert [(p.file.name, p.captions) for p in found] == [
+        ("one.png", ()),
+        ("two.jpg", ("a second thing",)),
+    ]
+    rows = [{"file_name": "two.jpg", "text": ["two", "2"]}, {"file_name": "a/one.png", "text": "x"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_folder(tmp_path)
+    assert [p.captions for p in found] == [("two", "2"), ("x",)]
+    assert found[1].file == tmp_path / "a" / "one.png"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"}', "no json", "[1]", '{"file_name": "a", "text": 3}']
+)
+def test_a_wrong_line_of_the_listing_is_named(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
+    with pytest.raises(DataError, match="line 2"):
+        read_folder(tmp_path)
+
+
+def test_everything_wrong_with_the_data_is_told_at_once(tmp_path):
+    draw(tmp_path / "good.png", 1)
+    (tmp_path / "good.txt").write_text("good")
+    draw(tmp_path / "again.png", 1)
+    (tmp_path / "again.txt").write_text("the same")
+    draw(tmp_path / "silent.png", 2)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "torn.txt").write_text("torn")
+    (tmp_path / "text.png").write_text("no picture")
+    pictures = [*read_folder(tmp_path), Picture(tmp_path / "gone.png", ("gone",))]
+    with pytest.raises(DataError) as raised:
+        check_pictures(pictures)
+    text = str(raised.value)
+    for line in ("1 duplicates", "good.png = ", "2 without a caption", "silent.png", "1 missing"):
+        assert line in text
+    assert "2 unreadable" in text
+    assert "torn.png" in text
+    check_pictures(pictures[:2], captions=False, allow_duplicates=True)
+
+
+def test_one_picture_or_none_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        read_folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no picture"):
+        check_pictures(read_folder(tmp_path))
+    draw(tmp_path / "one.png", 1)
+    with pytest.raises(DataError, match=r"only one picture.*one\.png"):
+        check_pictures(read_folder(tmp_path), captions=False)
+
+
+def test_the_fingerprint_knows_pixels_and_captions(tmp_path):
+    pictures = [Picture(draw(tmp_path / f"{i}.png", i), (f"thing {i}",)) for i in range(2)]
+    first = check_pictures(pictures)
+    assert check_pictures(pictures) == first
+    other = [pictures[0], Picture(pictures[1].file, ("another",))]
+    assert check_pictures(other) != first
+    draw(pictures[0].file, 99)
+    assert check_pictures(pictures) != first
+
+
+def test_pixels_are_cropped_never_stretched_and_transparent_is_white(tmp_path):
+    wide = Image.new("RGB", (64, 16), "red")
+    wide.paste("blue", (24, 0, 40, 16))  # the middle square
+    wide.save(tmp_path / "wide.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    pictures = [Picture(tmp_path / name, ()) for name in ("wide.png", "clear.png")]
+    (pixels,) = pixel_batches(pictures, 8)
+    assert pixels.shape == (2, 3, 8, 8)
+    assert (pixels[0, 2] > 250).all()
+    assert (pixels[0, 0] < 5).all()
+    assert (pixels[1] == 255).all()
+
+
+def test_held_out_pictures_are_not_trained_on(tmp_path):
+    for i in range(60):
+        draw(tmp_path / f"{i:02d}.png", i)
+    config = small_config(tmp_path, train_data_dir=tmp_path)
+    pictures, unseen, _ = read_data(config, captions=False, at_most=10)
+    assert [p.file.stem for p in unseen] == ["49", "59"]
+    assert len(pictures) == 58
+    assert not set(pictures) & set(unseen)
+
+
+def test_what_is_cached_is_computed_once_for_each_key(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return torch.arange(3) + len(made)
+
+    first = cached(tmp_path, "key", make)
+    assert torch.equal(cached(tmp_path, "key", make), first)
+    assert not torch.equal(cached(tmp_path, "other", make), first)
+    assert len(made) == 2
 
 
 def test_every_epoch_is_a_permutation_and_batches_cross_epochs():
-    rows = torch.cat([batch_indices(step, 4, 10, seed=3) for step in range(5)])
+    rows = torch.cat([batch_rows(3, step, 4, 10) for step in range(5)])
     assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))
     assert rows[:10].tolist() != rows[10:].tolist()
-    assert not torch.equal(batch_indices(0, 4, 10, seed=4), rows[:4])
+    assert not torch.equal(batch_rows(4, 0, 4, 10), rows[:4])
 
 
-def test_random_crops_are_windows_of_the_right_rows():
-    pixels = torch.arange(3 * 3 * 8 * 8).reshape(3, 3, 8, 8).remainder(256).to(torch.uint8)
-    crops = random_crops(pixels, torch.tensor([2, 0]), 4, step_generator(0, 0))
-    found = ((crops + 1) * 127.5).round()
-    for row, crop in zip((2, 0), found, strict=True):
-        windows = pixels[row].unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4)
-        assert (windows == crop).flatten(2).all(-1).any()
+def test_shares_of_a_batch_draw_what_the_whole_batch_draws():
+    whole = Batch(1, 7, slice(0, 6), 6, 20)
+    parts = [Batch(1, 7, slice(start, start + 2), 6, 20) for start in (0, 2, 4)]
+    assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+    draws = [(b.integers(9), b.normal(2, 3), b.uniform()) for b in (whole, *parts)]
+    for k in range(3):
+        assert torch.equal(torch.cat([draw[k] for draw in draws[1:]]), draws[0][k])
+    other = Batch(1, 8, slice(0, 6), 6, 20)
+    assert not torch.equal(other.integers(9), draws[0][0])
 
 
-def test_captions_hold_the_forms_people_type(tmp_path):
-    forms = caption_forms("red apple", "noto")
-    assert {"red apple", "a red apple", "a red apple, noto style"} <= set(forms)
-    assert "an octopus" in caption_forms("octopus")
-    file = tmp_path / "subjects.txt"
-    file.write_text("# things\n\nred-apple: apple, fruit\nrocket\n")
-    assert read_subjects(file) == {
-        "red apple": ("red apple", "apple", "fruit"),
-        "rocket": ("rocket",),
+def test_random_crops_are_windows_of_the_pictures():
+    pixels = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+    crops = random_crops(pixels, 4, torch.tensor([0, 3]), torch.tensor([2, 4]))
+    assert torch.equal(crops[0], pixels[0, :, 0:4, 2:6])
+    assert torch.equal(crops[1], pixels[1, :, 3:7, 4:8])
+
+
+# The loop. Its "pictures" are names: only their number and their files matter to it.
+
+NAMES = [Picture(Path(f"{i}.png"), ()) for i in range(5)]
+
+
+def small_config(folder: Path, **changes) -> SmallConfig:
+    settings = {
+        "train_data_dir": Path("pictures"),
+        "output_dir": folder / "run",
+        "max_train_steps": 8,
+        "train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 2,
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "validation_steps": 4,
+        "resume_from_checkpoint": "latest",
+        "report_to": "none",
     }
+    return SmallConfig(**(settings | changes))
 
 
-def tiny_state(seed: int = 1):
+def small_model() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 1))
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-    return new_state(model, optimizer, seed)
+    return model.to(memory_format=torch.channels_last)
 
 
-def run_steps(state, steps: int):
-    """`steps` more of a run of 8, on noise that the step's generator draws."""
+def noise_loss(model, batch):
+    picture = batch.normal(2, 4, 4) + batch.rows.float().reshape(-1, 1, 1, 1)
+    return (model(picture) - picture).square().mean()
 
-    def loss_function(model, step, generator):
-        rows = batch_indices(step, 3, 5, state.seed).float().reshape(3, 1, 1, 1)
-        picture = torch.randn((3, 2, 4, 4), generator=generator) + rows
-        return (model(picture) - picture).square().mean()
 
-    loop = train(
-        state, loss_function, TrainSettings(8, 1e-2, 2, 8, 0.9, 1.0), Accelerator(cpu=True)
+def accelerator_for(config) -> Accelerator:
+    return Accelerator(cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps)
+
+
+def run_steps(config, model=None, steps=None, loss=noise_loss):
+    """The reports of a run, or of its first steps, and its state."""
+    state = new_state(small_model() if model is None else model, config)
+    loop = train(state, loss, config, accelerator_for(config), NAMES)
+    return [next(loop) for _ in range(steps)] if steps else list(loop), state
+
+
+def whole_run(config, model=None, validate=lambda model: ({}, None), loss=noise_loss) -> nn.Module:
+    model = small_model() if model is None else model
+    run(model, loss, config, accelerator_for(config), NAMES, "data", validate)
+    return model
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_micro_batches_add_up_to_one_batch(tmp_path):
+    whole, one = run_steps(small_config(tmp_path))
+    parts, two = run_steps(
+        small_config(tmp_path, train_batch_size=2, gradient_accumulation_steps=2)
     )
-    return [next(loop).loss for _ in range(steps)]
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.loss, a.grad_norm) == (pytest.approx(b.loss), pytest.approx(b.grad_norm))
+        assert a.learning_rate == b.learning_rate
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
-def assert_same_run(one, other):
-    assert one.step == other.step
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
-        assert torch.equal(one.ema[name], other.ema[name]), name
-    moments, others = (run.optimizer.state_dict()["state"] for run in (one, other))
-    for index, entry in moments.items():
-        for name, value in entry.items():
-            assert torch.equal(value, others[index][name]), (index, name)
-
-
-def test_four_steps_equal_two_and_two_more_after_a_resume(tmp_path):
-    whole = tiny_state()
-    losses = run_steps(whole, 4)
-    first = tiny_state()
-    first_losses = run_steps(first, 2)
-    save_checkpoint(first, tmp_path)
-
-    second = tiny_state()
-    with torch.no_grad():
-        for parameter in second.model.parameters():
-            parameter.add_(1)  # whatever it began with must not matter
-    load_checkpoint(second, resolve_checkpoint("latest", tmp_path))
-    assert_same_run(second, first)
-    assert first_losses + run_steps(second, 2) == losses
-    assert_same_run(second, whole)
-
-
-def test_resume_in_a_new_process_gives_the_same_weights(tmp_path):
-    whole = tiny_state()
-    run_steps(whole, 4)
-    first = tiny_state()
-    run_steps(first, 2)
-    save_checkpoint(first, tmp_path)
-    code = (
-        "import sys; from pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """As `accelerate launch` does it, with gloo on the CPU."""
+    code = tmp_path / "two.py"
+    code.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_training import *\n"
-        "folder = Path(sys.argv[1]); state = tiny_state()\n"
-        "load_checkpoint(state, resolve_checkpoint('latest', folder))\n"
-        "run_steps(state, 2); save_checkpoint(state, folder)\n"
+        "config = small_config(Path(sys.argv[1]), train_batch_size=2)\n"
+        "whole_run(config)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    found = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, found[name]), name
-
-
-def test_checkpoints_are_whole_counted_and_free_of_pickles(tmp_path):
-    state = tiny_state()
-    assert resolve_checkpoint("latest", tmp_path) is None
-    for _ in range(3):
-        run_steps(state, 1)
-        save_checkpoint(state, tmp_path, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
-    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {".safetensors", ".json"}
-    with pytest.raises(ValueError, match="seed"):
-        load_checkpoint(tiny_state(seed=2), resolve_checkpoint("latest", tmp_path))
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
-    state = tiny_state()
-    before = [parameter.detach().clone() for parameter in state.model.parameters()]
-    settings = TrainSettings(8, 1e-2, 2, 8, 0.9, 1.0)
-    loop = train(
-        state, lambda model, *_: model[0].weight.sum() / 0, settings, Accelerator(cpu=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "tests")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, str(code), str(tmp_path / "two")],
+        check=True,
+        env=environment,
+        capture_output=True,
     )
-    with pytest.raises(FloatingPointError, match="step 0"):
-        next(loop)
-    assert all(map(torch.equal, before, state.model.parameters()))
+    found = load_file(tmp_path / "two" / "run" / "checkpoint-8" / "ema.safetensors")
+    for name, value in whole_run(small_config(tmp_path)).state_dict().items():
+        torch.testing.assert_close(found[name], value)
 
 
-def test_ema_follows_the_weights_slowly():
-    state = tiny_state()
-    start = state.ema["0.bias"].clone()
-    run_steps(state, 1)
+def test_settings_reach_the_optimizer(tmp_path):
+    config = small_config(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.3)
+    state = new_state(small_model(), config)
+    (group,) = state.optimizer.param_groups
+    assert group["betas"] == (0.8, 0.95)
+    assert group["weight_decay"] == 0.3
+    reports, _ = run_steps(small_config(tmp_path, lr_scheduler="constant"))
+    assert [report.learning_rate for report in reports] == [0.005, *[0.01] * 7]
+
+
+def test_gradients_are_clipped_to_the_length_asked_for(tmp_path):
+    """With plain gradient descent the weights move by the rate times that length."""
+    config = small_config(tmp_path, max_grad_norm=0.25)
+    state = new_state(small_model(), config)
+    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    report = next(train(state, noise_loss, config, accelerator_for(config), NAMES))
+    moved = torch.cat(
+        [(p - q).flatten() for p, q in zip(state.model.parameters(), before, strict=True)]
+    )
+    assert report.grad_norm > 0.25
+    assert moved.norm().item() == pytest.approx(0.25 * report.learning_rate, rel=1e-3)
+
+
+def test_ema_follows_the_weights_slowly(tmp_path):
+    start = small_model().state_dict()["0.bias"]
+    _, state = run_steps(small_config(tmp_path), steps=1)
     weights = state.model.state_dict()["0.bias"]
     young = 1 - 2 / 11  # decay (1 + n) / (10 + n) at n = 1
     torch.testing.assert_close(state.ema["0.bias"], start + young * (weights - start))
     assert not torch.equal(weights, start)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, what):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value if what == "gradient" else value * torch.nan
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.inf
+
+    def loss(model, batch):
+        value = noise_loss(model, batch)
+        return Broken.apply(value) if batch.step == 5 else value
+
+    config = small_config(tmp_path)
+    model = small_model()
+    with pytest.raises(TrainingError, match=rf"the {what} of step 5") as raised:
+        whole_run(config, model, loss=loss)
+    rows = batch_rows(config.seed, 5, 4, 5).tolist()
+    assert all(f"{row}.png" in str(raised.value) for row in rows)
+    good = resolve_checkpoint(config)
+    assert good.name == "checkpoint-4"
+    whole = whole_run(small_config(tmp_path / "other"))
+    assert same_weights(whole_run(config), whole)  # the next run goes on from it
+
+
+# Checkpoints.
+
+
+def test_four_steps_equal_two_and_two_more_in_a_new_process(tmp_path):
+    whole = whole_run(small_config(tmp_path / "whole"))
+    script = (
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, "
+        f"{str(Path(__file__).parents[1])!r}]\n"
+        "from test_training import *\n"
+        "def stop_at_five(model, batch):\n"
+        "    if batch.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return noise_loss(model, batch)\n"
+        "whole_run(small_config(Path(sys.argv[1])), loss=stop_at_five)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")])
+    assert killed.returncode == -signal.SIGKILL
+    config = small_config(tmp_path / "killed")
+    assert resolve_checkpoint(config).name == "checkpoint-4"
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # whatever it began with must not matter
+    assert same_weights(whole_run(config, model), whole)
+    for part in ("model", "optimizer", "ema"):
+        name = f"run/checkpoint-8/{part}.safetensors"
+        one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), part
+
+
+def test_being_asked_to_stop_writes_a_checkpoint_first(tmp_path):
+    def loss(model, batch):
+        if batch.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return noise_loss(model, batch)
+
+    config = small_config(tmp_path, checkpointing_steps=100)
+    with pytest.raises(SystemExit) as ended:
+        whole_run(config, loss=loss)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert resolve_checkpoint(config).name == "checkpoint-3"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    whole = whole_run(small_config(tmp_path / "whole", checkpointing_steps=100))
+    assert same_weights(whole_run(config), whole)
+
+
+def test_checkpoints_are_whole_counted_and_free_of_pickles(tmp_path):
+    config = small_config(tmp_path)
+    assert resolve_checkpoint(config) is None
+    (config.output_dir / ".checkpoint-2.partial").mkdir(parents=True)  # a kill while saving
+    whole_run(config)
+    names = [path.name for path in checkpoints(config.output_dir)]
+    assert names == ["checkpoint-6", "checkpoint-8"]
+    files = {path.suffix for path in config.output_dir.rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}
+    assert not list(config.output_dir.glob(".*"))
+
+
+def test_a_run_never_starts_over_the_checkpoints_of_another(tmp_path):
+    whole_run(small_config(tmp_path))
+    with pytest.raises(TrainingError, match="--resume_from_checkpoint latest"):
+        whole_run(small_config(tmp_path, resume_from_checkpoint=None))
+
+
+def test_a_missing_or_damaged_checkpoint_is_an_error_never_a_fresh_start(tmp_path):
+    config = small_config(tmp_path)
+    whole_run(config)
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        whole_run(small_config(tmp_path, resume_from_checkpoint=str(tmp_path / "gone")))
+    file = config.output_dir / "checkpoint-8" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"checkpoint-8 is damaged: model\.safetensors"):
+        whole_run(config)
+    (config.output_dir / "checkpoint-8" / "state.json").write_text("{")
+    with pytest.raises(TrainingError, match="damaged"):
+        whole_run(config)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 1.0}, {"max_train_steps": 9}])
+def test_another_run_cannot_go_on_from_a_checkpoint(tmp_path, change):
+    whole_run(small_config(tmp_path))
+    (name,) = change
+    with pytest.raises(TrainingError, match=f"{name} was"):
+        whole_run(small_config(tmp_path, **change))
+
+
+def test_intervals_may_change_and_validation_sees_the_average(tmp_path):
+    config = small_config(tmp_path, max_train_steps=8, report_to="tensorboard")
+    seen = []
+
+    def validate(model):
+        assert not model.training
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"held_out_loss": 1.0}, Image.new("RGB", (8, 8))
+
+    model = whole_run(config, validate=validate)
+    assert len(seen) == 2
+    final = load_file(config.output_dir / "checkpoint-8" / "ema.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, final[name])
+        assert torch.equal(value, seen[-1][name])
+    own = load_file(config.output_dir / "checkpoint-8" / "model.safetensors")
+    assert not torch.equal(own["0.weight"], final["0.weight"])
+    samples = sorted(path.name for path in (config.output_dir / "samples").iterdir())
+    assert samples == ["step-000004.png", "step-000008.png"]
+    assert json.loads((config.output_dir / "training_config.json").read_text())["seed"] == 0
+    assert list((config.output_dir / "logs").rglob("events.*"))
+    whole_run(small_config(tmp_path, validation_steps=3, checkpointing_steps=5))
 
 
 @pytest.fixture(scope="module")
