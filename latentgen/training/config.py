@@ -43,6 +43,9 @@ class RunConfig:
         "cosine", help="how it falls to zero after the warm-up, if it does"
     )
     lr_warmup_steps: int = flag(200, help="steps of a linear rise from zero")
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", help="muon: AdamW, but orthogonal steps for hidden layers; for training from zero"
+    )
     adam_beta1: float = flag(0.9, help="AdamW: memory of the mean gradient")
     adam_beta2: float = flag(0.99, help="AdamW: memory of its square")
     adam_weight_decay: float = flag(0.01, help="AdamW: weight decay")

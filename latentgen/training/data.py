@@ -212,7 +212,7 @@ def _read_row(folder: Path, listing: Path, number: int, line: str) -> Picture:
         raise DataError(f"{where} {message}, got {line[:80]}") from error
     text = row.get("text") or []
     captions = [text] if isinstance(text, str) else text
-    if not all(isinstance(caption, str) for caption in captions):
+    if not isinstance(captions, list) or not all(isinstance(one, str) for one in captions):
         raise DataError(f"{where}: text must be a string or a list of strings")
     return Picture(folder / name, tuple(captions))
 

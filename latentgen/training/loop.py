@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentgen.errors import TrainingError
 from latentgen.training.config import RunConfig
 from latentgen.training.data import Batch, Picture
+from latentgen.training.muon import Muon
 from latentgen.training.objective import learning_rate_at
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -41,14 +42,17 @@ class StepReport:
 
 
 def new_state(model: nn.Module, config: RunConfig) -> TrainState:
-    """The model with AdamW and an average of its weights, before the first step."""
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
+    """The model with its optimizer and an average of its weights, before the first step."""
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+    }
+    if config.optimizer == "muon":
+        optimizer = Muon(model, **settings)
+    else:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True, **settings)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return TrainState(model, optimizer, ema)
 

@@ -32,6 +32,7 @@ from latentgen.training.data import (
     read_folder,
 )
 from latentgen.training.loop import new_state, train
+from latentgen.training.muon import Muon, orthogonalized, split_parameters
 from latentgen.training.run import run
 
 MODEL = Path(__file__).parents[2] / "latentgen" / "models" / "latentgen-icons-128"
@@ -291,8 +292,8 @@ def test_pixels_are_cropped_never_stretched_and_transparent_is_white(tmp_path):
     pictures = [Picture(tmp_path / name, ()) for name in ("wide.png", "clear.png")]
     (pixels,) = pixel_batches(pictures, 8)
     assert pixels.shape == (2, 3, 8, 8)
-    assert (pixels[0, 2] > 250).all()
-    assert (pixels[0, 0] < 5).all()
+    assert (pixels[0, 2, :, 2:-2] > 250).all()  # the filter rings at the edges
+    assert (pixels[0, 0, :, 2:-2] < 5).all()
     assert (pixels[1] == 255).all()
 
 
@@ -378,7 +379,12 @@ def noise_loss(model, batch):
 
 
 def accelerator_for(config) -> Accelerator:
-    return Accelerator(cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps)
+    log = {"log_with": "tensorboard", "project_dir": config.output_dir / "logs"}
+    return Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        **(log if config.report_to == "tensorboard" else {}),
+    )
 
 
 def run_steps(config, model=None, steps=None, loss=noise_loss):
@@ -419,7 +425,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         "config = small_config(Path(sys.argv[1]), train_batch_size=2)\n"
         "whole_run(config)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "tests")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*launch, str(code), str(tmp_path / "two")],
@@ -440,6 +446,60 @@ def test_settings_reach_the_optimizer(tmp_path):
     assert group["weight_decay"] == 0.3
     reports, _ = run_steps(small_config(tmp_path, lr_scheduler="constant"))
     assert [report.learning_rate for report in reports] == [0.005, *[0.01] * 7]
+
+
+def test_muon_takes_orthogonal_steps_of_the_length_of_adamws(tmp_path):
+    matrix = torch.randn((20, 50), generator=torch.Generator().manual_seed(0))
+    for one in (matrix, matrix.T):
+        values = torch.linalg.svdvals(orthogonalized(one))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3), nn.Embedding(20, 20))
+    hidden, rest = split_parameters(model)
+    assert [tuple(p.shape) for p in hidden] == [(16, 32, 3, 3)]
+    assert len(rest) == 4
+    before = hidden[0].detach().clone()
+    optimizer = Muon(model, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    hidden[0].grad = torch.randn(hidden[0].shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    moved = (hidden[0] - before).square().mean().sqrt().item()
+    assert moved == pytest.approx(0.1 * 0.2, rel=0.25)
+
+
+def test_muons_other_half_is_adamw():
+    models = [small_model() for _ in range(2)]  # no layer of it is wide
+    settings = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    optimizers = [
+        Muon(models[0], **settings),
+        torch.optim.AdamW(models[1].parameters(), **settings),
+    ]
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            noise_loss(model, Batch(0, step, slice(0, 4), 4, 5)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_muon_resumes_exactly(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1)
+        )
+
+    whole = whole_run(small_config(tmp_path / "whole", optimizer="muon"), model())
+    config = small_config(tmp_path / "stopped", optimizer="muon")
+
+    def loss(model, batch):
+        if batch.step == 4:
+            raise KeyError("stop")
+        return noise_loss(model, batch)
+
+    with pytest.raises(KeyError):
+        whole_run(config, model(), loss=loss)
+    assert same_weights(whole_run(config, model()), whole)
 
 
 def test_gradients_are_clipped_to_the_length_asked_for(tmp_path):
