@@ -239,8 +239,11 @@ def evaluate(
         found = modelfolder.find(model)
         for entry in wanted.entries:
             Request(**(entry | settings | {"num_images": num_images})).resolve(found)
-        judge_folder = clip if clip is not None else found.path
-        if judge_folder is None or (clip is None and not (found.path / "image_encoder").is_dir()):
+        own = found.path if found.path is not None and found.path.is_dir() else None
+        judge_folder = clip if clip is not None else own
+        if judge_folder is None or (
+            clip is None and not Path(judge_folder, "image_encoder").is_dir()
+        ):
             hint = "the model has no image_encoder; name one, like openai/clip-vit-base-patch32"
             raise InvalidRequest("clip", clip, hint)
         if images is not None and not images.is_dir():

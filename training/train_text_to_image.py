@@ -97,6 +97,7 @@ class TextToImageConfig(RunConfig):
     weight_dtype: Literal["float16", "float32"] = flag("float16", help="of the model that is saved")
     validation_prompts: list[str] = flag([], help="captions of the sample pictures")
     validation_guidance_scale: float = flag(3.0, help="of the samples, and the model's default")
+    optimizer: Literal["adamw", "muon"] = flag("muon", help="of the weights")
     max_train_steps: int = flag(5_000, help="steps of the optimizer")
 
     def __post_init__(self) -> None:
@@ -176,10 +177,16 @@ class Encoders:
         vae_facts = json.loads((config.pretrained_vae_path / "config.json").read_text())
         kinds = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
         vae_kind = kinds[vae_facts["_class_name"]]
-        self.vae = vae_kind.from_pretrained(config.pretrained_vae_path).eval().to(device)
+        self.vae = (
+            vae_kind.from_pretrained(config.pretrained_vae_path, use_safetensors=True)
+            .eval()
+            .to(device)
+        )
         folder = config.pretrained_text_encoder_path
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.text_encoder = CLIPTextModel.from_pretrained(folder).eval().to(device)
+        self.text_encoder = (
+            CLIPTextModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
+        )
         self.folder, self.device = folder, device
         self.vae_key, self.text_key = weights_key(self.vae), weights_key(self.text_encoder)
 
@@ -203,11 +210,11 @@ class Encoders:
     def image_encoder(self) -> CLIPVisionModelWithProjection | None:
         if json.loads((self.folder / "config.json").read_text())["model_type"] != "clip":
             return None
-        clip = CLIPModel.from_pretrained(self.folder)
+        clip = CLIPModel.from_pretrained(self.folder, use_safetensors=True)
         projection = clip.text_projection.weight
         if not torch.equal(projection, torch.eye(*projection.shape)):
             return None
-        return CLIPVisionModelWithProjection.from_pretrained(self.folder)
+        return CLIPVisionModelWithProjection.from_pretrained(self.folder, use_safetensors=True)
 
 
 class Captions:
@@ -260,7 +267,7 @@ def train_text_to_image() -> None:
     alphas_cumprod = scheduler.alphas_cumprod
     if config.pretrained_unet_path is not None:
         kind = UNet2DModel if config.unconditional else UNet2DConditionModel
-        unet = kind.from_pretrained(config.pretrained_unet_path)
+        unet = kind.from_pretrained(config.pretrained_unet_path, use_safetensors=True)
     else:
         text_width = 0 if captions is None else captions.states.shape[-1]
         unet = build_unet(config, images.shape[2], images.shape[-1], text_width)

@@ -102,7 +102,7 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
     try:
         return kind(**namespace)
     except ValueError as error:
-        parser.error(str(error))
+        raise SystemExit(parser.error(str(error))) from error
 
 
 def as_json(config: RunConfig) -> dict:

@@ -106,7 +106,9 @@ def pixel_batches(pictures: list[Picture], resolution: int, size: int = 64) -> I
     for start in range(0, len(pictures), size):
         images = [load_image(picture.file) for picture in pictures[start : start + size]]
         square = (resolution, resolution)
-        arrays = [np.asarray(ImageOps.fit(image, square, Image.LANCZOS)) for image in images]
+        arrays = [
+            np.asarray(ImageOps.fit(image, square, Image.Resampling.LANCZOS)) for image in images
+        ]
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -7,6 +7,7 @@ from or what is printed.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,16 +44,17 @@ class StepReport:
 
 def new_state(model: nn.Module, config: RunConfig) -> TrainState:
     """The model with its optimizer and an average of its weights, before the first step."""
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
     }
-    if config.optimizer == "muon":
-        optimizer = Muon(model, **settings)
-    else:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True, **settings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = (
+        Muon(model, **settings)
+        if config.optimizer == "muon"
+        else torch.optim.AdamW(trained, fused=True, **settings)
+    )
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return TrainState(model, optimizer, ema)
 

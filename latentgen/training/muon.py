@@ -6,6 +6,8 @@ convolution's weight counts as a matrix with a row for each output channel, beca
 what autoencoders and U-Nets are made of (torch's own Muon takes matrices only).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,28 +30,31 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is None:
+                gradient = weight.grad
+                if gradient is None:
                     continue
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 if group["orthogonal"]:
-                    direction = self._orthogonal(weight)
+                    direction = self._orthogonal(weight, gradient)
                 else:
-                    direction = self._adam(weight, group["betas"], group["eps"])
+                    direction = self._adam(weight, gradient, group["betas"], group["eps"])
                 weight.add_(direction, alpha=-group["lr"])
 
-    def _orthogonal(self, weight: Tensor) -> Tensor:
+    def _orthogonal(self, weight: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-        ahead = weight.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's; (out, in x kernel)
+        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's; (out, in x kernel)
         length = 0.2 * max(ahead.shape) ** 0.5  # each number moves as far as AdamW's on average
         return length * orthogonalized(ahead).view(weight.shape)
 
-    def _adam(self, weight: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+    def _adam(
+        self, weight: Tensor, gradient: Tensor, betas: tuple[float, float], eps: float
+    ) -> Tensor:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())
@@ -57,15 +62,16 @@ class Muon(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(weight)
         state["step"] += 1
         step = state["step"].item()
-        mean = state["exp_avg"].lerp_(weight.grad, 1 - betas[0]) / (1 - betas[0] ** step)
-        square = state["exp_avg_sq"].lerp_(weight.grad.square(), 1 - betas[1])
+        mean = state["exp_avg"].lerp_(gradient, 1 - betas[0]) / (1 - betas[0] ** step)
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - betas[1])
         return mean / ((square / (1 - betas[1] ** step)).sqrt() + eps)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights of hidden layers, and all other parameters that are trained."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue

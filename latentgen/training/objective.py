@@ -44,7 +44,9 @@ def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: floa
     the weights on these are min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[
+        prediction_type
+    ]
     return snr.clamp(max=snr_gamma) / per_error
 
 
