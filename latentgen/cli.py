@@ -241,9 +241,8 @@ def evaluate(
             Request(**(entry | settings | {"num_images": num_images})).resolve(found)
         own = found.path if found.path is not None and found.path.is_dir() else None
         judge_folder = clip if clip is not None else own
-        if judge_folder is None or (
-            clip is None and not Path(judge_folder, "image_encoder").is_dir()
-        ):
+        brings_one = own is not None and (own / "image_encoder").is_dir()
+        if judge_folder is None or (clip is None and not brings_one):
             hint = "the model has no image_encoder; name one, like openai/clip-vit-base-patch32"
             raise InvalidRequest("clip", clip, hint)
         if images is not None and not images.is_dir():

@@ -102,15 +102,13 @@ def test_a_fresh_autoencoder_keeps_the_mean_colour_of_every_cell():
     from train_vae import build_vae
 
     vae = build_vae(4)
-    cells = torch.rand((1, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    cells = 0.5 + 0.1 * torch.randn((1, 3, 4, 4), generator=generator)  # an icon's usual shades
     pixels = cells.repeat_interleave(8, 2).repeat_interleave(8, 3)
     with torch.no_grad():
-        latents = vae.encode(pixels).latents
-        decoded = vae.decode(latents).sample
-    inside = latents[:, :3].abs().amax(1) < 0.5  # beyond, the decoder's clamp bends it
-    assert inside.any()
+        decoded = vae.decode(vae.encode(pixels).latents).sample
     means = torch.nn.functional.avg_pool2d(decoded, 8)
-    torch.testing.assert_close(means[:, :, inside[0]], cells[:, :, inside[0]], atol=0.02, rtol=0)
+    torch.testing.assert_close(means, cells, atol=0.02, rtol=0)
 
 
 def test_the_result_is_a_model_that_draws_as_stock_pipelines_do(model):
