@@ -205,8 +205,13 @@ def evaluate(
     prompts: Annotated[Path, typer.Argument(help="A prompt set (YAML).", show_default=False)],
     model: ModelName = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("evaluation"),
-    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="A prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    num_images: Annotated[
+        int | None,
+        typer.Option("--num-images", "-n", min=1, help="A prompt.", show_default="the set's, or 1"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture.", show_default="the set's, or 0")
+    ] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
@@ -238,7 +243,7 @@ def evaluate(
         settings = {name: value for name, value in flags.items() if value is not None}
         found = modelfolder.find(model)
         for entry in wanted.entries:
-            Request(**(entry | settings | {"num_images": num_images})).resolve(found)
+            Request(**(entry | settings | {"num_images": num_images or 1})).resolve(found)
         own = found.path if found.path is not None and found.path.is_dir() else None
         judge_folder = clip if clip is not None else own
         brings_one = own is not None and (own / "image_encoder").is_dir()

@@ -10,8 +10,8 @@
 
 [1] Hessel et al. 2021, CLIPScore. [2] Binkowski et al. 2018, Demystifying MMD GANs.
 
-The bundled model brings the image encoder that belongs to its text encoder, trained on icons: it
-knows nothing else. For other models, name a CLIP.
+A model folder may bring the image encoder that belongs to its text encoder; what that was trained
+on is all it can judge. For other models, name a CLIP.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Evaluation:
         report = folder / "evaluation.json"
         facts = {"metrics": self.metrics, "settings": self.settings}
         report.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        for stale in (folder / "pictures").glob("[0-9][0-9][0-9][0-9].png"):
+            stale.unlink()
         for i, image in enumerate(self.images):
             image.save(folder / "pictures" / f"{i:04d}.png")
         sheet = folder / "contact-sheet.png"
@@ -126,26 +128,29 @@ def evaluate(
     prompts: PromptSet,
     judge: Judge,
     real: list[Image.Image] | None = None,
-    num_images: int = 1,
-    seed: int = 0,
+    num_images: int | None = None,
+    seed: int | None = None,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Evaluation:
-    """Draw every prompt `num_images` times and measure the pictures.
+    """Draw every prompt and measure the pictures.
 
     Args:
         real: pictures that the drawn ones should be like, for `kid`.
-        seed: picture i of the set has the seed `seed + i`.
+        num_images: of each prompt; None: what the prompt set says, or 1.
+        seed: picture i of the set has the seed `seed + i`; None: what the prompt set says, or 0.
         on_picture: called with the number of pictures drawn and of all.
         settings: fields of a request that win over those of the prompt set.
     """
+    each = num_images_of(prompts, num_images)
     images: list[Image.Image] = []
-    total = len(prompts.entries) * num_images
+    total = len(prompts.entries) * each
     seconds = 0.0
     for entry in prompts.entries:
-        asked = entry | settings | {"num_images": num_images, "seed": seed + len(images)}
+        first = entry.get("seed") if seed is None else seed
+        own = entry | settings | {"num_images": each, "seed": (first or 0) + len(images)}
         started = time.perf_counter()
-        images += pipe.generate(**asked).images
+        images += pipe.generate(**own).images
         seconds += time.perf_counter() - started
         on_picture(len(images), total)
     metrics = measure(images, prompts.prompts, judge, real)
@@ -154,12 +159,21 @@ def evaluate(
         "model": pipe.model.name,
         "prompts": prompts.name,
         "num_prompts": len(prompts.entries),
-        "num_images": num_images,
+        "num_images": each,
         "seed": seed,
         "clip": judge.name,
+        "num_real": len(real) if real is not None else None,
         **settings,
     }
     return Evaluation(metrics, facts, images, prompts.prompts)
+
+
+def num_images_of(prompts: PromptSet, num_images: int | None) -> int:
+    """How many pictures a prompt gets: the same for all, or they could not be compared."""
+    found = {entry.get("num_images", 1) for entry in prompts.entries}
+    if num_images is None and len(found) > 1:
+        raise InvalidRequest("num_images", sorted(found), "the prompts must have the same number")
+    return num_images if num_images is not None else found.pop()
 
 
 def measure(
@@ -218,6 +232,7 @@ def _labelled(image: Image.Image, caption: str) -> Image.Image:
     page = Image.new("RGB", (image.width + 4, image.height + height), "white")
     page.paste(image, (2, 0))
     draw = ImageDraw.Draw(page)
+    caption = " ".join(caption.split())
     while draw.textlength(caption) > page.width - 4 and len(caption) > 1:
         caption = caption[:-2].rstrip() + "…"
     draw.text((2, image.height + 1), caption, fill="black")

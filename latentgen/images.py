@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_PIXELS",
+    "SUFFIXES",
     "composite",
     "contact_sheet",
     "load_image",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 MAX_PIXELS = 8192 * 8192
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 
 
 def load_image(source: Any, field: str = "image") -> Image.Image:
@@ -118,10 +120,9 @@ def read_pictures(folder: str | Path) -> list[Image.Image]:
     Raises:
         InvalidRequest: there is none, or one of them cannot be read; it is named.
     """
-    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes)
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise InvalidRequest("folder", str(folder), f"it holds no picture ({sorted(suffixes)})")
+        raise InvalidRequest("folder", str(folder), f"it holds no picture ({sorted(SUFFIXES)})")
     return [load_image(file, "picture") for file in files]
 
 

@@ -343,7 +343,8 @@ def main() -> None:
             texts = caption_icon(icon, names, told)
             same = by_pixels.get(canvas.tobytes())
             if same is not None:
-                same["text"] = list(dict.fromkeys(same["text"] + texts))
+                if same in rows[folder]:  # what is held out tells nothing to what is not
+                    same["text"] = list(dict.fromkeys(same["text"] + texts))
                 continue
             canvas.save(file)
             facts = {"name": icon.name, "style": style}

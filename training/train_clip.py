@@ -35,7 +35,6 @@ from transformers import (
 from latentgen.training.config import RunConfig, flag, parse_config
 from latentgen.training.data import (
     Batch,
-    batch_rows,
     pixel_batches,
     random_crops,
     read_data,
@@ -150,7 +149,8 @@ class Teacher:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-        self.model = AutoModel.from_pretrained(get_model_path()).eval().to(device)
+        self.model = AutoModel.from_pretrained(get_model_path(), use_safetensors=True)
+        self.model.eval().to(device)
         self.width = self.model.config.hidden_size
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ def train_clip() -> None:
         top, left = batch.integers(2 * SHIFT + 1), batch.integers(2 * SHIFT + 1)
         padded = F.pad(pixels[batch.rows], (SHIFT,) * 4, mode="replicate")
         moved = random_crops(padded, config.resolution, top, left)
-        more = batch_rows(config.seed, batch.step, config.word_batch_size, len(words)).tolist()
+        more = batch.rows_of(len(words), config.word_batch_size).tolist()
         asked = chosen + [words[row] for row in more]
         ids = encode(tokenizer, asked).to(device)
         images, found, scale, spoken = model(ids, to_signal(moved).to(device), len(chosen))

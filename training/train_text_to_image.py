@@ -39,6 +39,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.config import RunConfig, flag, parse_config
@@ -54,16 +55,17 @@ from latentgen.training.data import (
 )
 from latentgen.training.objective import (
     diffusion_loss,
-    noise_schedule,
     noisy_latents,
     prediction_target,
+    sigmoid_betas,
 )
 from latentgen.training.run import main, run, start
 
-# diffusers' names for the noise schedules; the others are stored number by number
+# diffusers' names for the noise schedules that it has
 SCHEDULE_NAMES = {
     "linear": "linear",
-    "scaled_linear": "scaled_linear",
+    "scaled_linear": "scaled_linear",  # linear in the square root
+    "quadratic": "scaled_linear",  # another name for it
     "cosine": "squaredcos_cap_v2",
 }
 
@@ -71,6 +73,9 @@ SCHEDULE_NAMES = {
 @dataclass(kw_only=True)
 class TextToImageConfig(RunConfig):
     unconditional: bool = flag(False, help="without captions: DDPM on the pictures' pixels")
+    pretrained_model_name_or_path: Path | None = flag(
+        None, help="a model folder, for its autoencoder and text encoder; or the next two"
+    )
     pretrained_vae_path: Path | None = flag(None, help="output of train_vae.py, or another `vae`")
     pretrained_text_encoder_path: Path | None = flag(
         None, help="output of train_clip.py, or another CLIP with its tokenizer"
@@ -95,21 +100,33 @@ class TextToImageConfig(RunConfig):
     loss: Literal["l2", "l1", "huber"] = flag("l2", help="of the prediction's error")
     snr_gamma: float | None = flag(5.0, help="min-SNR weighting; 0 for none")
     weight_dtype: Literal["float16", "float32"] = flag("float16", help="of the model that is saved")
-    validation_prompts: list[str] = flag([], help="captions of the sample pictures")
+    validation_prompts: list[str] = flag([], help="of the sample pictures")
     validation_guidance_scale: float = flag(3.0, help="of the samples, and the model's default")
     optimizer: Literal["adamw", "muon"] = flag("muon", help="of the weights")
     max_train_steps: int = flag(5_000, help="steps of the optimizer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.pretrained_vae_path and self.pretrained_text_encoder_path
-        if not self.unconditional and not given:
+        if self.pretrained_model_name_or_path is not None:
+            if self.pretrained_vae_path is None:
+                self.pretrained_vae_path = self.pretrained_model_name_or_path / "vae"
+            if self.pretrained_text_encoder_path is None:
+                self.pretrained_text_encoder_path = self.pretrained_model_name_or_path
+        parts = (self.pretrained_vae_path, self.pretrained_text_encoder_path)
+        if not self.unconditional and None in parts:
             raise ValueError(
-                "--pretrained_vae_path and --pretrained_text_encoder_path are needed "
-                "(or --unconditional, for pictures without captions)"
+                "--pretrained_model_name_or_path is needed, or --pretrained_vae_path and "
+                "--pretrained_text_encoder_path (or --unconditional, for pictures without captions)"
             )
-        if self.unconditional and (self.pretrained_vae_path or self.pretrained_text_encoder_path):
+        if self.unconditional and parts != (None, None):
             raise ValueError("--unconditional works on pixels, without autoencoder and captions")
+        for folder in parts:
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"{folder} is no folder")
+        if self.validation_guidance_scale < 1:
+            raise ValueError("validation_guidance_scale: use 1 (no guidance) or more")
+        if any(not prompt.strip() for prompt in self.validation_prompts):
+            raise ValueError("validation_prompts: one of them is empty")
         cells = 2 ** (len(self.block_out_channels) - 1) * (1 if self.unconditional else 8)
         if self.resolution % cells:
             raise ValueError(f"resolution: {self.resolution} is no multiple of {cells}")
@@ -127,8 +144,7 @@ def build_scheduler(config: TextToImageConfig, kind: type) -> DDIMScheduler | DD
     if config.beta_schedule in SCHEDULE_NAMES:
         settings["beta_schedule"] = SCHEDULE_NAMES[config.beta_schedule]
     else:
-        betas = noise_schedule(config.beta_schedule, 1000, **settings)
-        settings["trained_betas"] = betas.tolist()
+        settings["trained_betas"] = sigmoid_betas(1000, **settings).tolist()
     if kind is DDIMScheduler:
         settings |= {"steps_offset": 1, "set_alpha_to_one": False}
     return kind(
@@ -183,11 +199,15 @@ class Encoders:
             .to(device)
         )
         folder = config.pretrained_text_encoder_path
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.text_encoder = (
-            CLIPTextModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
+        whole = (folder / "text_encoder").is_dir()  # a model; otherwise a CLIP
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer" if whole else folder)
+        self.text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder" if whole else folder, use_safetensors=True
         )
-        self.folder, self.device = folder, device
+        self.text_encoder.eval().to(device)
+        if len(self.tokenizer) != self.text_encoder.config.vocab_size:
+            raise TrainingError(f"{folder}: its tokenizer is not that of its text encoder")
+        self.folder, self.device, self.whole = folder, device, whole
         self.vae_key, self.text_key = weights_key(self.vae), weights_key(self.text_encoder)
 
     @torch.no_grad()
@@ -208,13 +228,19 @@ class Encoders:
         return torch.cat([self.text_encoder(part)[0].half().cpu() for part in parts])
 
     def image_encoder(self) -> CLIPVisionModelWithProjection | None:
+        """The half of CLIP that belongs to the text encoder, if the projection of texts is the
+        identity, so that nothing stands between."""
+        see = CLIPVisionModelWithProjection.from_pretrained
+        if self.whole:
+            folder = self.folder / "image_encoder"
+            return see(folder, use_safetensors=True) if folder.is_dir() else None
         if json.loads((self.folder / "config.json").read_text())["model_type"] != "clip":
             return None
         clip = CLIPModel.from_pretrained(self.folder, use_safetensors=True)
         projection = clip.text_projection.weight
         if not torch.equal(projection, torch.eye(*projection.shape)):
             return None
-        return CLIPVisionModelWithProjection.from_pretrained(self.folder, use_safetensors=True)
+        return see(self.folder, use_safetensors=True)
 
 
 class Captions:
@@ -321,6 +347,8 @@ def train_text_to_image() -> None:
         asked = {"seed": 0, "scheduler": "ddim", "num_inference_steps": 20}
         return contact_sheet(pipeline.generate(prompts, guidance_scale=guidance, **asked).images)
 
+    if encoders is not None:  # another autoencoder or text encoder would be other data
+        data = f"{data} {encoders.vae_key} {encoders.text_key}"
     run(unet, loss_function, config, accelerator, pictures, data, validate)
     if accelerator.is_main_process:
         unet.to("cpu", memory_format=torch.contiguous_format)
@@ -371,9 +399,8 @@ def save_model(
     pipeline.to("cpu", dtype).save_pretrained(folder)
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # for older readers
     if pipeline.image_encoder is not None:
-        CLIPImageProcessorPil.from_pretrained(config.pretrained_text_encoder_path).save_pretrained(
-            folder / "image_encoder"
-        )
+        source = encoders.folder / "image_encoder" if encoders.whole else encoders.folder
+        CLIPImageProcessorPil.from_pretrained(source).save_pretrained(folder / "image_encoder")
     for file in folder.glob("*/config.json"):
         facts = json.loads(file.read_text())
         facts.pop("_name_or_path", None)  # where this machine keeps its runs is nobody's business

@@ -45,6 +45,14 @@ class VAEConfig(RunConfig):
     ema_decay: float = flag(0.998, help="of the averaged weights, which are the result")
     validation_steps: int = flag(1_000, help="steps between PSNRs and reconstructions")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("resolution", "crop_size"):
+            if getattr(self, name) % 8:
+                raise ValueError(f"{name}: {getattr(self, name)} is no multiple of 8")
+        if self.crop_size > self.resolution:
+            raise ValueError(f"crop_size: {self.crop_size} is more than the resolution")
+
 
 def build_vae(latent_channels: int) -> AutoencoderTiny:
     """1.4 M parameters, which begin as the mean colour of each cell (see `start_as_mean`)."""

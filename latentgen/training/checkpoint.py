@@ -7,6 +7,7 @@ under another name, flushed to the disk and renamed. It does not know what is tr
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from latentgen.training.config import FREE_TO_CHANGE, RunConfig, as_json
 from latentgen.training.loop import TrainState
 
 PREFIX = "checkpoint-"
+NAME = re.compile(rf"{PREFIX}\d+")
 
 
 def save_checkpoint(
@@ -66,13 +68,14 @@ def save_checkpoint(
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = output_dir.glob(f"{PREFIX}*")
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def resolve_checkpoint(config: RunConfig) -> Path | None:
     """The folder to go on from, or None for a run that starts: `latest` is the newest checkpoint
-    of the run (there is none before the first), anything else must exist.
+    of the run (there is none before the first), anything else is a folder, or the name of one of
+    the run's checkpoints, and must exist.
 
     Raises TrainingError when a run would start where checkpoints of another already are.
     """
@@ -85,7 +88,8 @@ def resolve_checkpoint(config: RunConfig) -> Path | None:
         )
     if wanted is None or (wanted == "latest" and not found):
         return None
-    chosen = found[-1] if wanted == "latest" else Path(wanted)
+    inside = config.output_dir / wanted
+    chosen = found[-1] if wanted == "latest" else inside if inside in found else Path(wanted)
     if not (chosen / "state.json").is_file():
         raise TrainingError(f"resume_from_checkpoint: {chosen} is no checkpoint")
     return chosen

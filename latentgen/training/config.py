@@ -4,6 +4,7 @@ Flag names are those of diffusers' examples. It knows what every training shares
 trains, it adds in a dataclass of its own.
 """
 
+import argparse
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,7 +95,9 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="a YAML file of flags; the shell's win")
-    file = _config_file(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    file = first.parse_known_args(argv)[0].config
     if file is not None:
         argv = [*_flags(file, parser), *argv]
     namespace = vars(parser.parse_args(argv))
@@ -110,28 +113,22 @@ def as_json(config: RunConfig) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
-def _config_file(argv: list[str]) -> Path | None:
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            return Path(argv[at + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
-    return None
-
-
 def _flags(file: Path, parser: HfArgumentParser) -> list[str]:
     """The file's settings as the words that would be typed, so that one parser checks both."""
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: it must be a list of `flag: value` lines")
     words = []
     for name, value in settings.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(str(one) for one in values)]
+        if value is None:
+            parser.error(f"--config {file}: {name} has no value; leave the line out")
+        values = value if isinstance(value, list) else [value]
+        if name == "mixed_precision" and value is False:  # YAML takes a bare `no` for false
+            values = ["no"]
+        words += [f"--{name}", *(str(one) for one in values)] if values else []
     return words
 
 

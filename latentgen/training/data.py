@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentgen.errors import DataError, InvalidRequest
-from latentgen.images import load_image
+from latentgen.images import SUFFIXES, load_image
 from latentgen.training.config import RunConfig
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 SHOWN = 10  # problems of one kind that an error lists by name
 
 
@@ -38,7 +37,8 @@ def read_folder(folder: Path, metadata_file: str = "metadata.jsonl") -> list[Pic
         raise DataError(f"{folder} is no folder")
     listing = folder / metadata_file
     if listing.is_file():
-        return [_read_row(folder, listing, *line) for line in enumerate(_lines(listing), 1)]
+        lines = enumerate(_read_text(listing).split("\n"), 1)
+        return [_read_row(folder, listing, n, line) for n, line in lines if line.strip()]
     if metadata_file != "metadata.jsonl":
         raise DataError(f"{listing} does not exist")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
@@ -60,7 +60,7 @@ def check_pictures(
     seen: dict[str, Path] = {}
     fingerprint = hashlib.sha256()
     for picture in pictures:
-        if captions and not any(caption.strip() for caption in picture.captions):
+        if captions and not picture.captions:
             problems.setdefault("without a caption", []).append(f"{picture.file}")
         try:
             image = load_image(picture.file)
@@ -90,14 +90,13 @@ def read_data(
     data = check_pictures(pictures, captions=captions, allow_duplicates=twice)
     if config.validation_data_dir is not None:
         unseen = read_folder(config.validation_data_dir)
-        unseen = unseen[:: -(-len(unseen) // at_most) or 1]
         data += check_pictures(unseen, captions=captions, allow_duplicates=twice)
     else:
         last = len(pictures) - 1
         held = [i % 50 == 49 or i == last for i in range(len(pictures))]
         unseen = [picture for picture, out in zip(pictures, held, strict=True) if out]
         pictures = [picture for picture, out in zip(pictures, held, strict=True) if not out]
-    return pictures, unseen[:at_most], data
+    return pictures, unseen[:: -(-len(unseen) // at_most)], data
 
 
 def pixel_batches(pictures: list[Picture], resolution: int, size: int = 64) -> Iterator[Tensor]:
@@ -165,10 +164,18 @@ class Batch:
         """`total` places in the step's whole batch, of which `places` are this share; `size`
         pictures in the data set."""
         self.step = step
+        self._seed = seed
         self.rows = batch_rows(seed, step, total, size)[places]  # (B,)
         self._places = places
         self._total = total
         self._generator = step_generator(seed, step)
+
+    def rows_of(self, size: int, count: int) -> Tensor:
+        """`count` rows of another list of `size`, for this share: (count,)."""
+        share = len(self.rows)
+        start = self._places.start // share * count
+        total = self._total // share * count
+        return batch_rows(self._seed, self.step, total, size)[start : start + count]
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape), from N(0, 1)."""
@@ -200,30 +207,32 @@ def batch_rows(seed: int, step: int, total: int, size: int) -> Tensor:
     return rows
 
 
-def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
 
 
 def _read_row(folder: Path, listing: Path, number: int, line: str) -> Picture:
-    where = f"{listing}, line {number}"
     try:
         row = json.loads(line)
-        name = row["file_name"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        message = 'needs {"file_name": "…", "text": "…"}'
-        raise DataError(f"{where} {message}, got {line[:80]}") from error
-    text = row.get("text") or []
+        name, text = row["file_name"], row.get("text", [])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        name = text = None
     captions = [text] if isinstance(text, str) else text
-    if not isinstance(captions, list) or not all(isinstance(one, str) for one in captions):
-        raise DataError(f"{where}: text must be a string or a list of strings")
-    return Picture(folder / name, tuple(captions))
+    right = isinstance(captions, list) and all(isinstance(one, str) for one in captions)
+    if not right or not isinstance(name, str):
+        needed = '{"file_name": "…", "text": "…"}, where text may be a list'
+        raise DataError(f"{listing}, line {number} must be {needed}; it is {line[:80]}")
+    return Picture(folder / name, tuple(caption for caption in captions if caption.strip()))
 
 
 def _text_beside(file: Path) -> tuple[str, ...]:
     caption = file.with_suffix(".txt")
     if not caption.is_file():
         return ()
-    text = caption.read_text(encoding="utf-8").strip()
+    text = _read_text(caption).strip()
     return (text,) if text else ()
 
 

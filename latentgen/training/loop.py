@@ -19,6 +19,8 @@ from latentgen.training.data import Batch, Picture
 from latentgen.training.muon import Muon
 from latentgen.training.objective import learning_rate_at
 
+SKIPPED_AT_MOST = 50  # fp16 finds its scale in a few dozen steps, or never
+
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -76,6 +78,7 @@ def train(
     micro_batches = config.gradient_accumulation_steps
     share = config.train_batch_size
     total = share * micro_batches * accelerator.num_processes
+    skipped = 0
     while state.step < config.max_train_steps:
         rate = learning_rate_at(
             state.step,
@@ -108,6 +111,9 @@ def train(
                         raise _not_finite("gradient", norm, state.step, pictures, rows)
                 optimizer.step()
                 optimizer.zero_grad()
+        skipped = skipped + 1 if optimizer.step_was_skipped else 0
+        if skipped > SKIPPED_AT_MOST:
+            raise _not_finite("gradient (in fp16)", norm, state.step, pictures, rows)
         state.step += 1
         update_ema(state, config.ema_decay)
         yield StepReport(state.step, mean.item(), rate, float(norm))
@@ -140,6 +146,6 @@ def _not_finite(
 ) -> TrainingError:
     files = "\n  ".join(str(pictures[row].file) for row in rows)
     return TrainingError(
-        f"the {what} of step {step} is {value.item()}; nothing was changed by it, and the last "
-        f"checkpoint is good. The batch:\n  {files}"
+        f"the {what} of step {step + 1} is {value.item()}; no weights were changed by it, and what "
+        f"checkpoints there are are good. The batch:\n  {files}"
     )

@@ -2,8 +2,7 @@
 
 Papers: [1] Ho et al. 2020, DDPM. [2] Salimans & Ho 2022, progressive distillation (v-prediction).
 [3] Hang et al. 2023, min-SNR weighting. [4] van den Oord et al. 2018, CPC (InfoNCE).
-[5] Rombach et al. 2022, latent diffusion. [6] Nichol & Dhariwal 2021, improved DDPM (17).
-[7] Xu et al. 2022, GeoDiff.
+[5] Xu et al. 2022, GeoDiff.
 """
 
 import math
@@ -78,25 +77,9 @@ LOSSES = {
 }
 
 
-def noise_schedule(
-    beta_schedule: str, steps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02
-) -> Tensor:
-    """The betas of a forward process, (steps,). `linear` [1]; `quadratic` and its other name
-    `scaled_linear`: linear in the square root [5]; `cosine` [6]; `sigmoid` [7]."""
-    if beta_schedule == "linear":
-        return torch.linspace(beta_start, beta_end, steps)
-    if beta_schedule in ("quadratic", "scaled_linear"):
-        return torch.linspace(beta_start**0.5, beta_end**0.5, steps).square()
-    if beta_schedule == "sigmoid":
-        return torch.linspace(-6, 6, steps).sigmoid() * (beta_end - beta_start) + beta_start
-    if beta_schedule == "cosine":
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
-        signal = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
-        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999).float()
-    raise ValueError(
-        f"beta_schedule: {beta_schedule!r} is unknown; use linear, scaled_linear, quadratic, "
-        "cosine or sigmoid"
-    )
+def sigmoid_betas(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """A noise schedule that grows slowly at both ends, (steps,), [5]. diffusers has the others."""
+    return torch.linspace(-6, 6, steps).sigmoid() * (beta_end - beta_start) + beta_start
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, chroma_weight: float) -> Tensor:
@@ -134,18 +117,22 @@ def moment_kl(latents: Tensor) -> Tensor:
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Cosine distance to the teacher's vectors plus InfoNCE [4] within the batch; both (B, D)."""
-    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
-    similarity = student @ teacher.T  # (B, B)
+    similarity = cosines(student, teacher)  # (B, B)
     labels = torch.arange(len(student), device=student.device)
     return (1 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, labels)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
     """CLIP's: InfoNCE [4] of pictures among texts and of texts among pictures; both (B, D)."""
-    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    logits = logit_scale * images @ texts.T  # (B, B)
+    logits = logit_scale * cosines(images, texts)  # (B, B)
     labels = torch.arange(len(images), device=images.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """Between all (N, D) and all (M, D): (N, M), in fp32 also where autocast would take less."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.normalize(rows.float(), dim=-1) @ F.normalize(columns.float(), dim=-1).T
 
 
 def learning_rate_at(

@@ -33,7 +33,11 @@ Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
 
 def start(config: RunConfig) -> Accelerator:
     """The accelerator of a run. From here on the initial weights depend on the seed alone, and the
-    libraries keep to errors: what a run has to say stands in its log."""
+    libraries keep to errors: what a run has to say stands in its log.
+
+    Raises TrainingError at once for a checkpoint to go on from that is not there.
+    """
+    resolve_checkpoint(config)
     transformers_log.set_verbosity_error()
     transformers_log.disable_progress_bar()
     diffusers_log.set_verbosity_error()
@@ -92,6 +96,11 @@ def run(
                 "grad_norm": report.grad_norm,
             }
             last = report.step == config.max_train_steps
+            stop = _any_process(accelerator, bool(requested))
+            if last or stop or report.step % config.checkpointing_steps == 0:
+                if accelerator.is_main_process:
+                    save_checkpoint(state, config, accelerator, data)
+                accelerator.wait_for_everyone()
             if accelerator.is_main_process and (last or report.step % config.validation_steps == 0):
                 with averaged(state) as average:
                     measured, picture = validate(average)
@@ -101,11 +110,6 @@ def run(
                 if picture is not None:
                     _keep_picture(picture, report.step, config.output_dir, accelerator)
             accelerator.log(numbers, step=report.step)
-            stop = _any_process(accelerator, bool(requested))
-            if last or stop or report.step % config.checkpointing_steps == 0:
-                if accelerator.is_main_process:
-                    save_checkpoint(state, config, accelerator, data)
-                accelerator.wait_for_everyone()
             if stop and not last:
                 accelerator.end_training()
                 accelerator.print(f"stopped after step {report.step}; its checkpoint is written")

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARITY = "parity/test_against_diffusers.py::"
+TRAINING = "unit/test_training.py::"
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,50 @@ TABLE = [
              "unit/test_images.py::test_transparency_is"),
     Mutation("a bomb is decoded first", "images", "_check_size(image.size, source, field)", "pass",
              "unit/test_images.py::test_a_bomb"),
+    Mutation("min-SNR of epsilon for v", "training/objective",
+             '"v_prediction": snr + 1,', '"v_prediction": snr,',
+             TRAINING + "test_min_snr_weight_by_hand"),
+    Mutation("the rows' mean before their weights", "training/objective",
+             ".flatten(1).mean(1)  # (B,)\n    if", ".mean()  # (B,)\n    if",
+             TRAINING + "test_loss_weighs_each_row"),
+    Mutation("the second half of a batch sees the first's noise", "training/data",
+             "torch.randn((self._total, *shape), generator=self._generator)[self._places]",
+             "torch.randn((self._total, *shape), generator=self._generator)[: len(self.rows)]",
+             TRAINING + "test_shares_of_a_batch"),
+    Mutation("every epoch in the same order", "training/data",
+             "generator=step_generator(seed, epoch, purpose=1)",
+             "generator=step_generator(seed, 0, purpose=1)",
+             TRAINING + "test_every_epoch_is"),
+    Mutation("processes train on the same rows", "training/loop",
+             "(micro_batch * accelerator.num_processes + accelerator.process_index) * share",
+             "micro_batch * accelerator.num_processes * share",
+             TRAINING + "test_two_processes_are"),
+    Mutation("NaN trains on", "training/loop", "if not torch.isfinite(shared):", "if False:",
+             TRAINING + "test_what_is_not_finite"),
+    Mutation("an infinite gradient trains on", "training/loop",
+             "accelerator.scaler is None and not torch.isfinite(norm)", "False",
+             TRAINING + "test_what_is_not_finite"),
+    Mutation("the average is not resumed", "training/checkpoint",
+             "state.ema[name].copy_(value)", "pass",
+             TRAINING + "test_four_steps_equal"),
+    Mutation("the moments are not resumed", "training/checkpoint",
+             "state.optimizer.state[parameter][name] = like.copy_(value)", "pass",
+             TRAINING + "test_four_steps_equal"),
+    Mutation("a damaged checkpoint is read", "training/checkpoint",
+             "if _sha256(checkpoint / n) != sha", "if False",
+             TRAINING + "test_a_missing_or_damaged"),
+    Mutation("other settings go on", "training/checkpoint", "    if changed:", "    if False:",
+             TRAINING + "test_another_run_cannot"),
+    Mutation("the result is not the average", "training/run",
+             "model.load_state_dict(state.ema)", "pass",
+             TRAINING + "test_intervals_may_change"),
+    Mutation("retrieval among the wrong axis", "evaluate",
+             "similarity = seen @ texts.T", "similarity = -seen @ texts.T",
+             "unit/test_evaluate.py::test_right_pictures"),
+    Mutation("diversity counts a picture against itself", "evaluate",
+             "others = ~torch.eye(each, dtype=torch.bool)",
+             "others = torch.ones((each, each), dtype=torch.bool)",
+             "unit/test_evaluate.py::test_diversity_is"),
 ]  # fmt: skip
 
 

@@ -99,6 +99,12 @@ def test_evaluating_twice_gives_the_same_figures(pipe, tmp_path):
     assert first == second
     assert runs[0].metrics["seconds_per_picture"] > 0
     assert counted[:2] == [(2, 4), (4, 4)]
+    file = {"prompt": "colour 0", "num_images": 2, "seed": 5}  # what a set says is what is drawn
+    again = evaluate(pipe, PromptSet("set", (file,)), ColourJudge(), num_inference_steps=2)
+    assert [a.tobytes() for a in again.images] == [b.tobytes() for b in runs[0].images[:2]]
+    mixed = PromptSet("set", (file, {"prompt": "colour 1"}))
+    with pytest.raises(InvalidRequest, match="the same number"):
+        evaluate(pipe, mixed, ColourJudge())
     alone = pipe.generate("colour 1", seed=7, num_inference_steps=2, eta=0.5, num_images=2)
     assert [a.tobytes() for a in runs[0].images[2:]] == [b.tobytes() for b in alone.images]
     written = runs[0].save(tmp_path / "report")
@@ -113,6 +119,7 @@ def test_evaluating_twice_gives_the_same_figures(pipe, tmp_path):
 def test_saved_pictures_come_back_in_their_order(tmp_path):
     from latentgen.images import read_pictures
 
+    Evaluation({}, {}, painted([0] * 9), ["a\nprompt of two lines"]).save(tmp_path)
     Evaluation({}, {}, painted(range(8)), PROMPTS).save(tmp_path)
     found = measure(read_pictures(tmp_path / "pictures"), PROMPTS, ColourJudge())
     assert found["retrieval_top_1"] == 1

@@ -93,26 +93,18 @@ def test_loss_kinds_by_hand():
     assert objective.diffusion_loss(*arguments, "huber").item() == pytest.approx(huber)
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("linear", "linear"),
-        ("scaled_linear", "scaled_linear"),
-        ("quadratic", "scaled_linear"),
-        ("cosine", "squaredcos_cap_v2"),
-        ("sigmoid", "sigmoid"),
-    ],
-)
-def test_noise_schedules_are_those_of_diffusers(name, theirs):
+def test_the_sigmoid_schedule_is_that_of_diffusers():
     from diffusers import DDPMScheduler
 
-    betas = DDPMScheduler(1000, beta_start=0.001, beta_end=0.03, beta_schedule=theirs).betas
-    torch.testing.assert_close(objective.noise_schedule(name, 1000, 0.001, 0.03), betas)
+    betas = DDPMScheduler(1000, beta_start=0.001, beta_end=0.03, beta_schedule="sigmoid").betas
+    torch.testing.assert_close(objective.sigmoid_betas(1000, 0.001, 0.03), betas)
 
 
-def test_an_unknown_noise_schedule_names_those_there_are():
-    with pytest.raises(ValueError, match="cosine"):
-        objective.noise_schedule("straight")
+def test_cosines_keep_their_digits_under_autocast():
+    rows = torch.randn((5, 64), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.cosines(rows, rows)
+    assert torch.equal(found, objective.cosines(rows, rows))
 
 
 def test_contrastive_loss_by_hand():
@@ -191,7 +183,10 @@ class SmallConfig(RunConfig):
 def test_the_shell_wins_over_the_file_and_both_are_checked(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("train_data_dir: pictures\noutput_dir: out\nseed: 5\nlearning_rate: 1e-4\n")
+    with file.open("a") as stream:
+        stream.write("mixed_precision: no\n")
     config = parse_config(SmallConfig, "", ["--config", str(file), "--seed", "6"])
+    assert config.mixed_precision == "no"
     assert (config.seed, config.learning_rate, config.extra) == (6, 1e-4, 3)
     assert config.output_dir == Path("out")
     for wrong, told in [
@@ -201,6 +196,7 @@ def test_the_shell_wins_over_the_file_and_both_are_checked(tmp_path, capsys):
         ("train_batch_size: 0", "train_batch_size: 0"),
         ("ema_decay: 1", "ema_decay"),
         ("- seed", "flag: value"),
+        ("seed:", "seed has no value"),
     ]:
         file.write_text(f"{wrong}\n")
         given = ["--config", str(file), "--train_data_dir", "a", "--output_dir", "b"]
@@ -236,7 +232,15 @@ def test_a_folder_is_read_by_its_listing_or_by_text_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"text": "a"}', "no json", "[1]", '{"file_name": "a", "text": 3}']
+    "line",
+    [
+        '{"text": "a"}',
+        "no json",
+        "[1]",
+        '{"file_name": "a", "text": 3}',
+        '{"file_name": null}',
+        '{"file_name": "a", "text": [1]}',
+    ],
 )
 def test_a_wrong_line_of_the_listing_is_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
@@ -270,6 +274,10 @@ def test_one_picture_or_none_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no picture"):
         check_pictures(read_folder(tmp_path))
     draw(tmp_path / "one.png", 1)
+    (tmp_path / "one.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"one\.txt cannot be read"):
+        read_folder(tmp_path)
+    (tmp_path / "one.txt").unlink()
     with pytest.raises(DataError, match=r"only one picture.*one\.png"):
         check_pictures(read_folder(tmp_path), captions=False)
 
@@ -334,6 +342,8 @@ def test_shares_of_a_batch_draw_what_the_whole_batch_draws():
     draws = [(b.integers(9), b.normal(2, 3), b.uniform()) for b in (whole, *parts)]
     for k in range(3):
         assert torch.equal(torch.cat([draw[k] for draw in draws[1:]]), draws[0][k])
+    words = torch.cat([part.rows_of(50, 3) for part in parts])
+    assert torch.equal(words, batch_rows(1, 7, 9, 50))
     other = Batch(1, 8, slice(0, 6), 6, 20)
     assert not torch.equal(other.integers(9), draws[0][0])
 
@@ -542,7 +552,7 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, what):
 
     config = small_config(tmp_path)
     model = small_model()
-    with pytest.raises(TrainingError, match=rf"the {what} of step 5") as raised:
+    with pytest.raises(TrainingError, match=rf"the {what} of step 6 ") as raised:
         whole_run(config, model, loss=loss)
     rows = batch_rows(config.seed, 5, 4, 5).tolist()
     assert all(f"{row}.png" in str(raised.value) for row in rows)
@@ -550,6 +560,17 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, what):
     assert good.name == "checkpoint-4"
     whole = whole_run(small_config(tmp_path / "other"))
     assert same_weights(whole_run(config), whole)  # the next run goes on from it
+
+
+def test_what_goes_wrong_while_measuring_loses_no_step(tmp_path):
+    config = small_config(tmp_path, checkpointing_steps=4, validation_steps=4)
+
+    def fails(model):
+        raise KeyError("measuring")
+
+    with pytest.raises(KeyError):
+        whole_run(config, validate=fails)
+    assert resolve_checkpoint(config).name == "checkpoint-4"
 
 
 # Checkpoints.
@@ -619,6 +640,9 @@ def test_a_run_never_starts_over_the_checkpoints_of_another(tmp_path):
 def test_a_missing_or_damaged_checkpoint_is_an_error_never_a_fresh_start(tmp_path):
     config = small_config(tmp_path)
     whole_run(config)
+    (config.output_dir / "checkpoint-8-copy").mkdir()  # a person's own business
+    named = small_config(tmp_path, resume_from_checkpoint="checkpoint-6")
+    assert resolve_checkpoint(named).name == "checkpoint-6"
     with pytest.raises(TrainingError, match="no checkpoint"):
         whole_run(small_config(tmp_path, resume_from_checkpoint=str(tmp_path / "gone")))
     file = config.output_dir / "checkpoint-8" / "model.safetensors"
