@@ -213,7 +213,9 @@ def test_bad_data_is_told_before_any_model_is_loaded(folder, tmp_path):
     bad.mkdir()
     (bad / "torn.png").write_bytes(next(folder.glob("*.png")).read_bytes()[:50])
     (bad / "text.png").write_text("no picture")
-    flags = drawing(bad, tmp_path / "no-vae", tmp_path / "no-clip", tmp_path / "out")
+    empty = tmp_path / "empty"  # where models would be, if any were loaded
+    empty.mkdir()
+    flags = drawing(bad, empty, empty, tmp_path / "out")
     ended = subprocess.run(command(*flags), env=environment(), capture_output=True, text=True)
     assert ended.returncode == 1
     assert "2 unreadable" in ended.stderr
