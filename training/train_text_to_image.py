@@ -102,7 +102,6 @@ class TextToImageConfig(RunConfig):
     weight_dtype: Literal["float16", "float32"] = flag("float16", help="of the model that is saved")
     validation_prompts: list[str] = flag([], help="of the sample pictures")
     validation_guidance_scale: float = flag(3.0, help="of the samples, and the model's default")
-    optimizer: Literal["adamw", "muon"] = flag("muon", help="of the weights")
     max_train_steps: int = flag(5_000, help="steps of the optimizer")
 
     def __post_init__(self) -> None:
