@@ -32,7 +32,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.config import DataConfig, flag, parse_config
 from latentgen.training.data import (
     Batch,
     pixel_batches,
@@ -50,7 +50,7 @@ SHIFT = 8  # pixels by which a training picture moves in either direction
 
 
 @dataclass(kw_only=True)
-class CLIPRunConfig(RunConfig):
+class CLIPRunConfig(DataConfig):
     vocab_size: int = flag(4096, help="tokens")
     word_batch_size: int = flag(192, help="words a step that it learns besides")
     teacher_temperature: float = flag(0.05, help="of the comparison with the sentence encoder")
@@ -175,8 +175,8 @@ def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 def train_clip() -> None:
     config = parse_config(CLIPRunConfig, __doc__.split("\n")[0])
     pictures, unseen, data = read_data(config, captions=True, at_most=512)
-    pixels = torch.cat(list(pixel_batches(pictures, config.resolution)))  # (N, 3, R, R)
-    held_out = to_signal(torch.cat(list(pixel_batches(unseen, config.resolution))))
+    pixels = torch.cat(list(pixel_batches(pictures, config.square)))  # (N, 3, R, R)
+    held_out = to_signal(torch.cat(list(pixel_batches(unseen, config.square))))
 
     accelerator = start(config)
     device = accelerator.device

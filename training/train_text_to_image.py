@@ -13,7 +13,6 @@ diffusers' `DDPMPipeline`.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,23 +41,23 @@ from transformers import (
 from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
 from latentgen.pipeline import LatentDiffusion
-from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.config import DataConfig, flag, parse_config
 from latentgen.training.data import (
     Batch,
-    Picture,
     cached,
     pixel_batches,
     read_data,
     step_generator,
     to_signal,
-    weights_key,
 )
+from latentgen.training.encoders import Captions, Encoders
 from latentgen.training.objective import (
     diffusion_loss,
     noisy_latents,
     prediction_target,
     sigmoid_betas,
 )
+from latentgen.training.pictures import Picture
 from latentgen.training.run import main, run, start
 
 # diffusers' names for the noise schedules that it has
@@ -71,7 +70,7 @@ SCHEDULE_NAMES = {
 
 
 @dataclass(kw_only=True)
-class TextToImageConfig(RunConfig):
+class TextToImageConfig(DataConfig):
     unconditional: bool = flag(False, help="without captions: DDPM on the pictures' pixels")
     pretrained_model_name_or_path: Path | None = flag(
         None, help="a model folder, for its autoencoder and text encoder; or the next two"
@@ -185,87 +184,40 @@ def build_unet(config: TextToImageConfig, channels: int, side: int, text_width: 
     )
 
 
-class Encoders:
-    """The frozen half of a latent diffusion model."""
-
-    def __init__(self, config: TextToImageConfig, device: torch.device) -> None:
-        vae_facts = json.loads((config.pretrained_vae_path / "config.json").read_text())
-        kinds = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-        vae_kind = kinds[vae_facts["_class_name"]]
-        self.vae = (
-            vae_kind.from_pretrained(config.pretrained_vae_path, use_safetensors=True)
-            .eval()
-            .to(device)
-        )
-        folder = config.pretrained_text_encoder_path
-        whole = (folder / "text_encoder").is_dir()  # a model; otherwise a CLIP
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer" if whole else folder)
-        self.text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder" if whole else folder, use_safetensors=True
-        )
-        self.text_encoder.eval().to(device)
-        if len(self.tokenizer) != self.text_encoder.config.vocab_size:
-            raise TrainingError(f"{folder}: its tokenizer is not that of its text encoder")
-        self.folder, self.device, self.whole = folder, device, whole
-        self.vae_key, self.text_key = weights_key(self.vae), weights_key(self.text_encoder)
-
-    @torch.no_grad()
-    def latents(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) bytes to latents, (B, C, H/8, W/8), scaled as the pipelines expect them."""
-        encoded = self.vae.encode(to_signal(pixels).to(self.device))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return (latents * self.vae.config.scaling_factor).cpu()
-
-    @torch.no_grad()
-    def states(self, texts: list[str]) -> Tensor:
-        """The token states of each text, padded to full length without a mask, as the pipelines
-        do it: (N, 77, D), in half precision to save memory."""
-        ids = self.tokenizer(
-            texts, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        parts = ids.to(self.device).split(128)
-        return torch.cat([self.text_encoder(part)[0].half().cpu() for part in parts])
-
-    def image_encoder(self) -> CLIPVisionModelWithProjection | None:
-        """The half of CLIP that belongs to the text encoder, if the projection of texts is the
-        identity, so that nothing stands between."""
-        see = CLIPVisionModelWithProjection.from_pretrained
-        if self.whole:
-            folder = self.folder / "image_encoder"
-            return see(folder, use_safetensors=True) if folder.is_dir() else None
-        if json.loads((self.folder / "config.json").read_text())["model_type"] != "clip":
-            return None
-        clip = CLIPModel.from_pretrained(self.folder, use_safetensors=True)
-        projection = clip.text_projection.weight
-        if not torch.equal(projection, torch.eye(*projection.shape)):
-            return None
-        return see(self.folder, use_safetensors=True)
+def load_encoders(config: TextToImageConfig, device: torch.device) -> Encoders:
+    vae_facts = json.loads((config.pretrained_vae_path / "config.json").read_text())
+    kinds = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    vae_kind = kinds[vae_facts["_class_name"]]
+    vae = vae_kind.from_pretrained(config.pretrained_vae_path, use_safetensors=True)
+    folder = config.pretrained_text_encoder_path
+    whole = is_model(folder)  # otherwise a CLIP
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer" if whole else folder)
+    text_encoder = CLIPTextModel.from_pretrained(
+        folder / "text_encoder" if whole else folder, use_safetensors=True
+    )
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise TrainingError(f"{folder}: its tokenizer is not that of its text encoder")
+    return Encoders(vae.eval().to(device), text_encoder.eval().to(device), tokenizer)
 
 
-class Captions:
-    """All captions' token states; a row of the data set has several, row 0 of `states` is ""."""
+def is_model(folder: Path) -> bool:
+    return (folder / "text_encoder").is_dir()
 
-    def __init__(self, pictures: list[Picture], encode: Callable[[list[str]], Tensor]) -> None:
-        texts = {"": 0}
-        choices = [
-            [texts.setdefault(text, len(texts)) for text in picture.captions]
-            for picture in pictures
-        ]
-        self.states = encode(list(texts))  # (captions, 77, D)
-        self.count = torch.tensor([len(rows) for rows in choices])  # (N,)
-        self.choices = torch.zeros((len(pictures), int(self.count.max())), dtype=torch.long)
-        for picture, rows in enumerate(choices):
-            self.choices[picture, : len(rows)] = torch.tensor(rows)
 
-    def draw(self, batch: Batch, empty: float) -> Tensor:
-        """One caption of each row, or "" for the proportion `empty`: (B, 77, D)."""
-        choice = (batch.uniform() * self.count[batch.rows]).long()
-        rows = self.choices[batch.rows, choice]
-        return self.states[torch.where(batch.uniform() < empty, 0, rows)].float()
-
-    def first(self, rows: Tensor) -> Tensor:
-        """The first caption of each row: (B, 77, D)."""
-        return self.states[self.choices[rows, 0]].float()
+def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection | None:
+    """The half of CLIP that belongs to the text encoder in `folder`, if the projection of texts is
+    the identity, so that nothing stands between."""
+    see = CLIPVisionModelWithProjection.from_pretrained
+    if is_model(folder):
+        own = folder / "image_encoder"
+        return see(own, use_safetensors=True) if own.is_dir() else None
+    if json.loads((folder / "config.json").read_text())["model_type"] != "clip":
+        return None
+    clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
+    projection = clip.text_projection.weight
+    if not torch.equal(projection, torch.eye(*projection.shape)):
+        return None
+    return see(folder, use_safetensors=True)
 
 
 def train_text_to_image() -> None:
@@ -273,7 +225,7 @@ def train_text_to_image() -> None:
     pictures, unseen, data = read_data(config, captions=not config.unconditional, at_most=64)
     accelerator = start(config)
     device = accelerator.device
-    encoders = None if config.unconditional else Encoders(config, device)
+    encoders = None if config.unconditional else load_encoders(config, device)
     images = encode_pictures(pictures + unseen, encoders, config, data)  # (1 or 2, N, C, h, w)
     captions = None
     if encoders is not None:
@@ -294,7 +246,7 @@ def train_text_to_image() -> None:
         kind = UNet2DModel if config.unconditional else UNet2DConditionModel
         unet = kind.from_pretrained(config.pretrained_unet_path, use_safetensors=True)
     else:
-        text_width = 0 if captions is None else captions.states.shape[-1]
+        text_width = 0 if captions is None else captions.words.shape[-1]
         unet = build_unet(config, images.shape[2], images.shape[-1], text_width)
     unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -307,7 +259,7 @@ def train_text_to_image() -> None:
         x_0, noise = x_0.to(device), noise.to(device)
         target = prediction_target(x_0, noise, alphas, config.prediction_type)
         x_t = noisy_latents(x_0, noise, alphas).contiguous(memory_format=torch.channels_last)
-        words = () if prompt is None else (prompt.to(device),)
+        words = () if prompt is None else (prompt.to(device, torch.float32),)
         prediction = model(x_t, timesteps.to(device), *words).sample  # (B, C, h, w)
         gamma = config.snr_gamma or None
         return diffusion_loss(
@@ -365,7 +317,7 @@ def encode_pictures(
     def make() -> Tensor:
         encode = to_signal if encoders is None else encoders.latents
         plain, mirrored = [], []
-        for pixels in pixel_batches(pictures, config.resolution):
+        for pixels in pixel_batches(pictures, config.square):
             plain.append(encode(pixels))
             if config.random_flip:
                 mirrored.append(encode(pixels.flip(-1)))
@@ -392,13 +344,14 @@ def save_model(
         scheduler,
         safety_checker=None,
         feature_extractor=None,
-        image_encoder=encoders.image_encoder(),
+        image_encoder=load_image_encoder(config.pretrained_text_encoder_path),
         requires_safety_checker=False,
     )
     pipeline.to("cpu", dtype).save_pretrained(folder)
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # for older readers
     if pipeline.image_encoder is not None:
-        source = encoders.folder / "image_encoder" if encoders.whole else encoders.folder
+        source = config.pretrained_text_encoder_path
+        source = source / "image_encoder" if is_model(source) else source
         CLIPImageProcessorPil.from_pretrained(source).save_pretrained(folder / "image_encoder")
     for file in folder.glob("*/config.json"):
         facts = json.loads(file.read_text())

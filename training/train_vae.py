@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.images import contact_sheet
-from latentgen.training.config import RunConfig, flag, parse_config
+from latentgen.training.config import DataConfig, flag, parse_config
 from latentgen.training.data import (
     Batch,
     pixel_batches,
@@ -32,7 +32,7 @@ from latentgen.training.run import main, run, start
 
 
 @dataclass(kw_only=True)
-class VAEConfig(RunConfig):
+class VAEConfig(DataConfig):
     crop_size: int = flag(48, help="pixels of the random crops that it learns from")
     latent_channels: int = flag(8, help="numbers a cell of 8 x 8 pixels becomes")
     latent_noise: float = flag(0.35, help="the largest standard deviation of noise on the latents")
@@ -123,8 +123,8 @@ class CropAutoencoder(nn.Module):
 def train_vae() -> None:
     config = parse_config(VAEConfig, __doc__.split("\n")[0])
     pictures, unseen, data = read_data(config, captions=False, at_most=256)
-    pixels = torch.cat(list(pixel_batches(pictures, config.resolution)))  # (N, 3, R, R)
-    held_out = torch.cat(list(pixel_batches(unseen, config.resolution)))
+    pixels = torch.cat(list(pixel_batches(pictures, config.square)))  # (N, 3, R, R)
+    held_out = torch.cat(list(pixel_batches(unseen, config.square)))
 
     accelerator = start(config)
     device = accelerator.device

@@ -9,34 +9,50 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from latentgen.errors import TrainingError
 from latentgen.training.config import FREE_TO_CHANGE, RunConfig, as_json
-from latentgen.training.loop import TrainState
+from latentgen.training.loop import TrainState, averaged, put_weights
 
 PREFIX = "checkpoint-"
-NAME = re.compile(rf"{PREFIX}\d+")
+BEST = "checkpoint-best-"
+
+Export = Callable[[Path], None]
 
 
 def save_checkpoint(
-    state: TrainState, config: RunConfig, accelerator: Accelerator, data: str
+    state: TrainState,
+    config: RunConfig,
+    accelerator: Accelerator,
+    data: str,
+    export: Export | None = None,
+    best: float | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>`, then drop all but the newest. `data`: the data's fingerprint."""
-    final = config.output_dir / f"{PREFIX}{state.step}"
+    """Write `checkpoint-<step>`, then drop all but the newest. With `best`, a held-out loss that no
+    step before reached, write `checkpoint-best-<step>`, then drop the best before.
+
+    `data` is the data's fingerprint; `export` puts the result so far (of the averaged weights),
+    ready for use, into the checkpoint's folder.
+    """
+    prefix = PREFIX if best is None else BEST
+    final = config.output_dir / f"{prefix}{state.step}"
     partial = config.output_dir / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     moments = state.optimizer.state_dict()["state"]
-    parts = {
-        "model": state.model.state_dict(),
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "model": state.weights,
         "ema": state.ema,
         "optimizer": {
-            f"{index}.{name}": value
+            f"{index}.{name}": torch.as_tensor(value)
             for index, entry in moments.items()
             for name, value in entry.items()
         },
@@ -46,9 +62,12 @@ def save_checkpoint(
         file = partial / f"{part}.safetensors"
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
         hashes[file.name] = _sha256(file)
-        _flush(file)
+    if export is not None:
+        with averaged(state):
+            export(partial)
     facts = {
         "step": state.step,
+        "held_out_loss": best,
         "processes": accelerator.num_processes,
         "data": data,
         "config": as_json(config),
@@ -56,20 +75,29 @@ def save_checkpoint(
         "sha256": hashes,
     }
     (partial / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
-    _flush(partial / "state.json")
-    _flush(partial)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     _flush(config.output_dir)
-    for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
+    limit = config.checkpoints_total_limit if best is None else 1
+    for old in checkpoints(config.output_dir, prefix)[:-limit]:
         shutil.rmtree(old)
     return final
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+def checkpoints(output_dir: Path, prefix: str = PREFIX) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; with the prefix BEST, the best."""
+    name = re.compile(rf"{prefix}(\d+)")
+    found = {path: name.fullmatch(path.name) for path in output_dir.glob(f"{prefix}*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match is not None}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def best_loss(output_dir: Path) -> float:
+    """The lowest held-out loss of which there is a checkpoint; infinity while there is none."""
+    found = checkpoints(output_dir, BEST)
+    return json.loads((found[-1] / "state.json").read_text())["held_out_loss"] if found else inf
 
 
 def resolve_checkpoint(config: RunConfig) -> Path | None:
@@ -89,7 +117,7 @@ def resolve_checkpoint(config: RunConfig) -> Path | None:
     if wanted is None or (wanted == "latest" and not found):
         return None
     inside = config.output_dir / wanted
-    chosen = found[-1] if wanted == "latest" else inside if inside in found else Path(wanted)
+    chosen = found[-1] if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
     if not (chosen / "state.json").is_file():
         raise TrainingError(f"resume_from_checkpoint: {chosen} is no checkpoint")
     return chosen
@@ -123,7 +151,7 @@ def load_checkpoint(
             f"{checkpoint} cannot be continued as the same run:\n  " + "\n  ".join(changed)
         )
     state.step = facts["step"]
-    state.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    put_weights(state, load_file(checkpoint / "model.safetensors"))
     for name, value in load_file(checkpoint / "ema.safetensors").items():
         state.ema[name].copy_(value)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]

@@ -13,14 +13,18 @@ from typing import Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from latentgen.training.pictures import ALLOWABLE
 
-def flag(default=..., *, help: str):
-    """A dataclass field whose `help` the shell shows; without a default it is required."""
+
+def flag(default=..., *, help: str, **metadata):
+    """A dataclass field whose `help` the shell shows; without a default it is required. `metadata`
+    goes to the parser: `choices` of a list, `aliases`."""
+    metadata["help"] = help
     if default is ...:
-        return field(metadata={"help": help})
+        return field(metadata=metadata)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -28,13 +32,6 @@ class RunConfig:
     """What the loop, the checkpoints and the log need to know."""
 
     output_dir: Path = flag(help="where the result, checkpoints, samples and logs go")
-    train_data_dir: Path = flag(help="a folder of pictures, with captions where they are needed")
-    metadata_file: str = flag("metadata.jsonl", help="the listing inside --train_data_dir")
-    validation_data_dir: Path | None = flag(
-        None, help="pictures that measure; default: every 50th of the training folder"
-    )
-    allow_duplicates: bool = flag(False, help="train on the same picture twice")
-    resolution: int = flag(128, help="pixels of a picture's side")
     seed: int = flag(0, help="of the initial weights, the order of the data and all noise")
     max_train_steps: int = flag(1000, help="steps of the optimizer")
     train_batch_size: int = flag(32, help="pictures a process and micro-batch")
@@ -47,6 +44,7 @@ class RunConfig:
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", help="muon: AdamW, but orthogonal steps for hidden layers; for training from zero"
     )
+    use_8bit_adam: bool = flag(False, help="AdamW with an eighth of the memory; bitsandbytes")
     adam_beta1: float = flag(0.9, help="AdamW: memory of the mean gradient")
     adam_beta2: float = flag(0.99, help="AdamW: memory of its square")
     adam_weight_decay: float = flag(0.01, help="AdamW: weight decay")
@@ -72,6 +70,24 @@ class RunConfig:
             _at_least(self, name, 1)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0 means no average")
+
+
+@dataclass(kw_only=True)
+class DataConfig(RunConfig):
+    """And where the pictures of a training from nothing are."""
+
+    train_data_dir: Path = flag(help="a folder of pictures, with captions where they are needed")
+    metadata_file: str = flag("metadata.jsonl", help="the listing inside --train_data_dir")
+    validation_data_dir: Path | None = flag(
+        None, help="pictures that measure; default: every 50th of the training folder"
+    )
+    allow: list[str] = flag([], choices=list(ALLOWABLE), help="what may be wrong with pictures")
+    resolution: int = flag(128, help="pixels of a picture's side")
+
+    @property
+    def square(self) -> tuple[int, int]:
+        """The height and width of every picture."""
+        return self.resolution, self.resolution
 
 
 # Settings that may change between a checkpoint and the run that goes on from it.

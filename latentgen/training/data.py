@@ -1,13 +1,8 @@
-"""Captioned pictures on disk, checked before anything else is loaded, and the batches of a step.
-
-A picture has any number of captions: ways to ask for it, one of which is drawn at each use.
-"""
+"""From pictures on disk to what one step sees: pixels, what is cached, rows and randomness."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,81 +11,25 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentgen.errors import DataError, InvalidRequest
-from latentgen.images import SUFFIXES, load_image
-from latentgen.training.config import RunConfig
-
-SHOWN = 10  # problems of one kind that an error lists by name
-
-
-@dataclass(frozen=True)
-class Picture:
-    file: Path
-    captions: tuple[str, ...]
-
-
-def read_folder(folder: Path, metadata_file: str = "metadata.jsonl") -> list[Picture]:
-    """The folder's pictures: the lines of its `metadata.jsonl` (`file_name` and `text`, a string
-    or a list of strings), or without one every picture below it, captioned by the `.txt` file of
-    the same name. Captions may be missing; `check_pictures` decides whether that is an error."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder")
-    listing = folder / metadata_file
-    if listing.is_file():
-        lines = enumerate(_read_text(listing).split("\n"), 1)
-        return [_read_row(folder, listing, n, line) for n, line in lines if line.strip()]
-    if metadata_file != "metadata.jsonl":
-        raise DataError(f"{listing} does not exist")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    return [Picture(file, _text_beside(file)) for file in files]
-
-
-def check_pictures(
-    pictures: list[Picture], *, captions: bool = True, allow_duplicates: bool = False
-) -> str:
-    """Open every picture and raise one DataError that names all that is wrong: none or only one,
-    missing, unreadable or truncated files, no caption, the same pixels twice.
-
-    Returns the data's fingerprint (SHA-256 over pixels and captions), which a run remembers.
-    """
-    if len(pictures) < 2:
-        found = "no picture" if not pictures else f"only one picture, {pictures[0].file}"
-        raise DataError(f"found {found}; at least two are needed, {sorted(SUFFIXES)}")
-    problems: dict[str, list[str]] = {}
-    seen: dict[str, Path] = {}
-    fingerprint = hashlib.sha256()
-    for picture in pictures:
-        if captions and not picture.captions:
-            problems.setdefault("without a caption", []).append(f"{picture.file}")
-        try:
-            image = load_image(picture.file)
-        except InvalidRequest as error:
-            kind = "unreadable" if picture.file.exists() else "missing"
-            problems.setdefault(kind, []).append(f"{picture.file}: {error.hint}")
-            continue
-        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        if digest in seen and not allow_duplicates:
-            problems.setdefault("duplicates", []).append(f"{picture.file} = {seen[digest]}")
-        seen.setdefault(digest, picture.file)
-        fingerprint.update(digest.encode())
-        if captions:
-            fingerprint.update("\n".join(picture.captions).encode())
-    if problems:
-        raise DataError("\n".join(_tell(kind, names) for kind, names in problems.items()))
-    return fingerprint.hexdigest()
+from latentgen.images import load_image
+from latentgen.training.config import DataConfig
+from latentgen.training.pictures import Picture, check_pictures, read_folder
 
 
 def read_data(
-    config: RunConfig, *, captions: bool, at_most: int
+    config: DataConfig, *, captions: bool, at_most: int
 ) -> tuple[list[Picture], list[Picture], str]:
     """A run's pictures to train on, pictures held out to measure with (spread over their folder,
     at most so many), and the fingerprint of both."""
-    twice = config.allow_duplicates
+    allow = config.allow
     pictures = read_folder(config.train_data_dir, config.metadata_file)
-    data = check_pictures(pictures, captions=captions, allow_duplicates=twice)
+    checked = check_pictures(pictures, captions=captions, allow=allow)
+    pictures, data = checked.pictures, checked.fingerprint
     if config.validation_data_dir is not None:
-        unseen = read_folder(config.validation_data_dir)
-        data += check_pictures(unseen, captions=captions, allow_duplicates=twice)
+        checked = check_pictures(
+            read_folder(config.validation_data_dir), captions=captions, allow=allow
+        )
+        unseen, data = checked.pictures, data + checked.fingerprint
     else:
         last = len(pictures) - 1
         held = [i % 50 == 49 or i == last for i in range(len(pictures))]
@@ -99,14 +38,16 @@ def read_data(
     return pictures, unseen[:: -(-len(unseen) // at_most)], data
 
 
-def pixel_batches(pictures: list[Picture], resolution: int, size: int = 64) -> Iterator[Tensor]:
-    """All pictures in order, the shorter side scaled to `resolution` and the middle square of it:
-    (B, 3, resolution, resolution), uint8."""
-    for start in range(0, len(pictures), size):
-        images = [load_image(picture.file) for picture in pictures[start : start + size]]
-        square = (resolution, resolution)
+def pixel_batches(
+    pictures: list[Picture], size: tuple[int, int], count: int = 64
+) -> Iterator[Tensor]:
+    """All pictures in order, scaled, never stretched, until they cover `size` (height, width), and
+    the middle of that: (B, 3, height, width), uint8."""
+    for start in range(0, len(pictures), count):
+        images = [load_image(picture.file) for picture in pictures[start : start + count]]
         arrays = [
-            np.asarray(ImageOps.fit(image, square, Image.Resampling.LANCZOS)) for image in images
+            np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
+            for image in images
         ]
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
@@ -160,14 +101,13 @@ class Batch:
     two micro-batches, draw what one process with twice the batch draws.
     """
 
-    def __init__(self, seed: int, step: int, places: slice, total: int, size: int) -> None:
-        """`total` places in the step's whole batch, of which `places` are this share; `size`
-        pictures in the data set."""
+    def __init__(self, seed: int, step: int, rows: Tensor, places: slice) -> None:
+        """`rows`: those of the step's whole batch, (total,), of which `places` are this share."""
         self.step = step
+        self.rows = rows[places]  # (B,)
         self._seed = seed
-        self.rows = batch_rows(seed, step, total, size)[places]  # (B,)
         self._places = places
-        self._total = total
+        self._total = len(rows)
         self._generator = step_generator(seed, step)
 
     def rows_of(self, size: int, count: int) -> Tensor:
@@ -195,6 +135,34 @@ def step_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed((seed * 1_000_003 + step) * 1_009 + purpose)
 
 
+class Order:
+    """Which rows each step sees. The batch of a step comes from one group (pictures of one size),
+    which is drawn in proportion to what is in it; the rows of a group come as in `batch_rows`."""
+
+    def __init__(self, seed: int, groups: list[Tensor], total: int) -> None:
+        self._seed = seed
+        self._groups = groups
+        self._total = total
+        self._share = torch.tensor([len(group) for group in groups]).cumsum(0)
+        self._batches = [0] * len(groups)  # that each group has given so far
+        self._picked: list[tuple[int, int]] = []  # of each step: the group and which of its batches
+
+    def rows(self, step: int) -> Tensor:
+        """The whole batch of a step, (total,)."""
+        group, nth = (0, step) if len(self._groups) == 1 else self._group(step)
+        rows = batch_rows(self._seed + group, nth, self._total, len(self._groups[group]))
+        return self._groups[group][rows]
+
+    def _group(self, step: int) -> tuple[int, int]:
+        while len(self._picked) <= step:
+            generator = step_generator(self._seed, len(self._picked), purpose=2)
+            drawn = torch.randint(int(self._share[-1]), (1,), generator=generator)
+            group = int(torch.searchsorted(self._share, drawn, right=True))
+            self._picked.append((group, self._batches[group]))
+            self._batches[group] += 1
+        return self._picked[step]
+
+
 def batch_rows(seed: int, step: int, total: int, size: int) -> Tensor:
     """The rows of a step: every epoch is a permutation of its own, and batches run on across
     epochs, so that no row is dropped and any step's batch can be named without the ones before."""
@@ -205,37 +173,3 @@ def batch_rows(seed: int, step: int, total: int, size: int) -> Tensor:
         inside = positions // size == epoch
         rows[inside] = order[positions[inside] % size]
     return rows
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_row(folder: Path, listing: Path, number: int, line: str) -> Picture:
-    try:
-        row = json.loads(line)
-        name, text = row["file_name"], row.get("text", [])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        name = text = None
-    captions = [text] if isinstance(text, str) else text
-    right = isinstance(captions, list) and all(isinstance(one, str) for one in captions)
-    if not right or not isinstance(name, str):
-        needed = '{"file_name": "…", "text": "…"}, where text may be a list'
-        raise DataError(f"{listing}, line {number} must be {needed}; it is {line[:80]}")
-    return Picture(folder / name, tuple(caption for caption in captions if caption.strip()))
-
-
-def _text_beside(file: Path) -> tuple[str, ...]:
-    caption = file.with_suffix(".txt")
-    if not caption.is_file():
-        return ()
-    text = _read_text(caption).strip()
-    return (text,) if text else ()
-
-
-def _tell(kind: str, names: list[str]) -> str:
-    more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {kind}:\n  " + "\n  ".join(names[:SHOWN]) + more

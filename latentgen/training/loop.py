@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from latentgen.errors import TrainingError
 from latentgen.training.config import RunConfig
-from latentgen.training.data import Batch, Picture
+from latentgen.training.data import Batch, Order, step_generator
 from latentgen.training.muon import Muon
 from latentgen.training.objective import learning_rate_at
+from latentgen.training.pictures import Picture
 
 SKIPPED_AT_MOST = 50  # fp16 finds its scale in a few dozen steps, or never
 
@@ -26,10 +27,12 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass
 class TrainState:
-    """Everything a run changes; a checkpoint is exactly this."""
+    """Everything a run changes; a checkpoint is exactly this. `weights` are the model's parameters
+    that are trained, by name, and `ema` is their average."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    weights: dict[str, nn.Parameter]
     ema: dict[str, Tensor]
     step: int = 0
 
@@ -44,21 +47,32 @@ class StepReport:
     grad_norm: float
 
 
-def new_state(model: nn.Module, config: RunConfig) -> TrainState:
-    """The model with its optimizer and an average of its weights, before the first step."""
+def new_state(
+    model: nn.Module, config: RunConfig, rate_of: Callable[[str], float] = lambda name: 1.0
+) -> TrainState:
+    """The model with its optimizer and an average of its weights, before the first step.
+
+    `rate_of`: the share of the learning rate that the parameter of a name gets.
+    """
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = (
-        Muon(model, **settings)
-        if config.optimizer == "muon"
-        else torch.optim.AdamW(trained, fused=True, **settings)
-    )
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return TrainState(model, optimizer, ema)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {name: rate_of(name) for name in weights}
+    groups = [
+        {"params": [p for name, p in weights.items() if rates[name] == rate], "rate": rate}
+        for rate in dict.fromkeys(rates.values())
+    ]
+    if config.optimizer == "muon":
+        optimizer: torch.optim.Optimizer = Muon(model, **settings)
+    elif config.use_8bit_adam:
+        optimizer = _eight_bit_adam()(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+    ema = {name: value.detach().clone() for name, value in weights.items()}
+    return TrainState(model, optimizer, weights, ema)
 
 
 def train(
@@ -67,8 +81,11 @@ def train(
     config: RunConfig,
     accelerator: Accelerator,
     pictures: list[Picture],
+    groups: list[Tensor] | None = None,
 ) -> Iterator[StepReport]:
     """Run the remaining steps, one a `next`. `loss_function(model, batch)` is the batch's mean.
+
+    `groups`: rows that may share a batch (see `data.Order`); default: all may.
 
     Raises TrainingError with the step's number and the files of the batch when the loss or the
     gradient is not finite, before the weights are touched.
@@ -78,6 +95,7 @@ def train(
     micro_batches = config.gradient_accumulation_steps
     share = config.train_batch_size
     total = share * micro_batches * accelerator.num_processes
+    order = Order(config.seed, groups or [torch.arange(len(pictures))], total)
     skipped = 0
     while state.step < config.max_train_steps:
         rate = learning_rate_at(
@@ -88,14 +106,16 @@ def train(
             config.lr_scheduler,
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         mean = torch.zeros((), device=accelerator.device)
         rows = []
         for micro_batch in range(micro_batches):
             start = (micro_batch * accelerator.num_processes + accelerator.process_index) * share
             places = slice(start, start + share)
-            batch = Batch(config.seed, state.step, places, total, len(pictures))
+            batch = Batch(config.seed, state.step, order.rows(state.step), places)
             rows += batch.rows.tolist()
+            # dropout draws from torch's own generator: it, too, must be a function of the step
+            torch.manual_seed(step_generator(config.seed, state.step, start + 2).initial_seed())
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss = loss_function(model, batch)
@@ -122,23 +142,37 @@ def train(
 @torch.no_grad()
 def update_ema(state: TrainState, decay: float) -> None:
     """ema += (1 - decay) (weights - ema); young averages forget faster: (1 + n) / (10 + n)."""
-    weights = state.model.state_dict()
     young = min(decay, (1 + state.step) / (10 + state.step))
-    torch._foreach_lerp_(list(state.ema.values()), [weights[n] for n in state.ema], 1 - young)
+    torch._foreach_lerp_(list(state.ema.values()), list(state.weights.values()), 1 - young)
 
 
 @contextmanager
 def averaged(state: TrainState) -> Iterator[nn.Module]:
     """The model with its averaged weights, in evaluation mode; its own come back afterwards."""
-    own = {name: value.clone() for name, value in state.model.state_dict().items()}
-    state.model.load_state_dict(state.ema)
+    own = {name: value.detach().clone() for name, value in state.weights.items()}
+    put_weights(state, state.ema)
     state.model.eval()
     try:
         with torch.no_grad():
             yield state.model
     finally:
-        state.model.load_state_dict(own)
+        put_weights(state, own)
         state.model.train()
+
+
+@torch.no_grad()
+def put_weights(state: TrainState, values: dict[str, Tensor]) -> None:
+    """Copy `values` into the trained weights of the same names."""
+    for name, weight in state.weights.items():
+        weight.copy_(values[name])
+
+
+def _eight_bit_adam() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise TrainingError("--use_8bit_adam needs `pip install bitsandbytes`") from error
+    return AdamW8bit
 
 
 def _not_finite(

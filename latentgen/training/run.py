@@ -18,15 +18,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.utils import logging as diffusers_log
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_log
 
 from latentgen.errors import LatentgenError
-from latentgen.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from latentgen.training.checkpoint import (
+    Export,
+    best_loss,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from latentgen.training.config import RunConfig, as_json
-from latentgen.training.data import Picture
-from latentgen.training.loop import LossFunction, averaged, new_state, train
+from latentgen.training.loop import LossFunction, averaged, new_state, put_weights, train
+from latentgen.training.pictures import Picture
 
 Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
 
@@ -60,17 +66,25 @@ def run(
     pictures: list[Picture],
     data: str,
     validate: Validation,
+    *,
+    groups: list[Tensor] | None = None,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
+    export: Export | None = None,
 ) -> None:
     """Train `model` to the last step; it ends with its averaged weights in place.
 
     `pictures` are those that the batches' rows name, `data` is their fingerprint, and
-    `validate(model)` measures the averaged weights: numbers for the log and, if it has one, a
-    picture. Raises TrainingError (see `loop.train`, `checkpoint.load_checkpoint`), and SystemExit
-    once a checkpoint is written after SIGTERM or Ctrl-C.
+    `validate(model)` measures the averaged weights, before the first step and at intervals: numbers
+    for the log and, if it has one, a picture. The checkpoint with the lowest `held_out_loss` is
+    kept as `checkpoint-best-<step>`. `groups` and `rate_of`: see `loop`; `export(folder)` writes
+    the result so far into each checkpoint.
+
+    Raises TrainingError (see `loop.train`, `checkpoint.load_checkpoint`), and SystemExit once a
+    checkpoint is written after SIGTERM or Ctrl-C.
     """
     resume = resolve_checkpoint(config)
     model.to(accelerator.device)
-    state = new_state(model, config)
+    state = new_state(model, config, rate_of)
     if resume is not None:
         load_checkpoint(state, resume, config, accelerator, data)
         accelerator.print(f"going on from {resume}")
@@ -79,6 +93,19 @@ def run(
         settings = json.dumps(as_json(config), indent=2) + "\n"
         (config.output_dir / "training_config.json").write_text(settings)
     accelerator.init_trackers("latentgen" if config.report_to == "wandb" else "")
+
+    def measure() -> dict[str, float]:
+        with averaged(state) as average:
+            measured, picture = validate(average)
+        told = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        bar.write(f"step {state.step}: {told}", file=sys.stdout)
+        if picture is not None:
+            _keep_picture(picture, state.step, config.output_dir, accelerator)
+        loss = measured.get("held_out_loss", float("inf"))
+        if state.step > 0 and loss < best_loss(config.output_dir):
+            save_checkpoint(state, config, accelerator, data, export, loss)
+        return measured
+
     bar = tqdm(
         total=config.max_train_steps,
         initial=state.step,
@@ -87,7 +114,9 @@ def run(
         unit="step",
     )
     with stop_requests() as requested, bar:
-        for report in train(state, loss_function, config, accelerator, pictures):
+        if accelerator.is_main_process:
+            accelerator.log(measure(), step=state.step)
+        for report in train(state, loss_function, config, accelerator, pictures, groups):
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
             numbers = {
@@ -99,23 +128,17 @@ def run(
             stop = _any_process(accelerator, bool(requested))
             if last or stop or report.step % config.checkpointing_steps == 0:
                 if accelerator.is_main_process:
-                    save_checkpoint(state, config, accelerator, data)
+                    save_checkpoint(state, config, accelerator, data, export)
                 accelerator.wait_for_everyone()
             if accelerator.is_main_process and (last or report.step % config.validation_steps == 0):
-                with averaged(state) as average:
-                    measured, picture = validate(average)
-                numbers |= measured
-                told = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-                bar.write(f"step {report.step}: {told}", file=sys.stdout)
-                if picture is not None:
-                    _keep_picture(picture, report.step, config.output_dir, accelerator)
+                numbers |= measure()
             accelerator.log(numbers, step=report.step)
             if stop and not last:
                 accelerator.end_training()
                 accelerator.print(f"stopped after step {report.step}; its checkpoint is written")
                 raise SystemExit(128 + requested[0] if requested else 1)
     accelerator.end_training()
-    model.load_state_dict(state.ema)
+    put_weights(state, state.ema)
     model.eval()
 
 

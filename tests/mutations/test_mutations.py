@@ -241,7 +241,7 @@ TABLE = [
     Mutation("other settings go on", "training/checkpoint", "    if changed:", "    if False:",
              TRAINING + "test_another_run_cannot"),
     Mutation("the result is not the average", "training/run",
-             "model.load_state_dict(state.ema)", "pass",
+             "put_weights(state, state.ema)", "pass",
              TRAINING + "test_intervals_may_change"),
     Mutation("retrieval among the wrong axis", "evaluate",
              "similarity = seen @ texts.T", "similarity = -seen @ texts.T",
