@@ -5,15 +5,19 @@ trains, it adds in a dataclass of its own.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser
 
-from latentgen.training.pictures import ALLOWABLE
+from latentgen.training.pictures import ALLOWABLE, kohya_flags
+
+MANIFEST = "latentgen.manifest"  # in the header of a file: how it was made
 
 
 def flag(default=..., *, help: str, **metadata):
@@ -99,6 +103,9 @@ FREE_TO_CHANGE = frozenset(
         "checkpoints_total_limit",
         "resume_from_checkpoint",
         "report_to",
+        "dry_run",
+        "expect_data",
+        "expect_model",
     }
 )
 
@@ -106,18 +113,32 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse_config(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
-    """Flags from the shell over those of `--config FILE.yaml`; a wrong one ends the program with
-    a line that names it."""
+    """Flags from the shell over those of `--config FILE.yaml`, of a kohya data set's file, and of
+    the run that `--from FILE` repeats; a wrong one ends the program with a line that names it."""
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="a YAML file of flags; the shell's win")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
-    file = first.parse_known_args(argv)[0].config
-    if file is not None:
-        argv = [*_flags(file, parser), *argv]
+    first.add_argument("--from", type=Path, dest="repeat")
+    first.add_argument("--dataset_config", type=Path)
+    files = first.parse_known_args(argv)[0]
+    known = {action.dest for action in parser._actions}
+    words = []
+    if "expect_data" in known:  # a script that writes files from which it can be repeated
+        parser.add_argument(
+            "--from", dest="repeat", metavar="FILE", help="repeat the run of a file"
+        )
+        if files.repeat is not None:
+            words += _words(_manifest_flags(files.repeat, known, parser))
+    if files.dataset_config is not None and "dataset_config" in known:
+        words += _words(kohya_flags(files.dataset_config))
+    if files.config is not None:
+        words += _words(_yaml_flags(files.config, parser))
+    argv = [*words, *argv]
     namespace = vars(parser.parse_args(argv))
     del namespace["config"]
+    namespace.pop("repeat", None)
     try:
         return kind(**namespace)
     except ValueError as error:
@@ -129,21 +150,40 @@ def as_json(config: RunConfig) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
-def _flags(file: Path, parser: HfArgumentParser) -> list[str]:
-    """The file's settings as the words that would be typed, so that one parser checks both."""
+def _yaml_flags(file: Path, parser: HfArgumentParser) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: it must be a list of `flag: value` lines")
-    words = []
     for name, value in settings.items():
         if value is None:
             parser.error(f"--config {file}: {name} has no value; leave the line out")
+    if settings.get("mixed_precision") is False:  # YAML takes a bare `no` for false
+        settings["mixed_precision"] = "no"
+    return settings
+
+
+def _manifest_flags(file: Path, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
+    """The settings of the run that made a file, and the hashes of what it read."""
+    try:
+        with safe_open(file, "pt") as content:
+            manifest = json.loads((content.metadata() or {})[MANIFEST])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        parser.error(f"--from {file}: it is no file of ours that tells how it was made")
+    config = {name: value for name, value in manifest["config"].items() if name in known}
+    for once in ("output_dir", "resume_from_checkpoint", "dry_run"):
+        config.pop(once, None)
+    config |= {"expect_data": manifest["data"], "expect_model": manifest["model"]}
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    """Settings as the words that would be typed, so that one parser checks all."""
+    words = []
+    for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        if name == "mixed_precision" and value is False:  # YAML takes a bare `no` for false
-            values = ["no"]
         words += [f"--{name}", *(str(one) for one in values)] if values else []
     return words
 

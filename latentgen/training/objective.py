@@ -56,15 +56,19 @@ def diffusion_loss(
     prediction_type: str,
     snr_gamma: float | None,
     loss: str = "l2",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Mean error of each row, weighted by row when `snr_gamma` is given; a scalar, in fp32.
 
-    `loss`: `l2`, `l1`, or `huber` (l2 up to an error of 0.1, l1 beyond).
+    `loss`: `l2`, `l1`, or `huber` (l2 up to an error of 0.1, l1 beyond). `mask`: (B, 1, H, W) in
+    [0, 1], how much each place counts in the mean of its row.
     """
-    error = LOSSES[loss](prediction.float() - target.float()).flatten(1).mean(1)  # (B,)
+    error = LOSSES[loss](prediction.float() - target.float())  # (B, C, H, W)
+    weight = torch.ones_like(error) if mask is None else mask.float().expand_as(error)
+    rows = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)  # (B,)
     if snr_gamma is not None:
-        error = error * min_snr_weight(alphas_cumprod, prediction_type, snr_gamma)
-    return error.mean()
+        rows = rows * min_snr_weight(alphas_cumprod, prediction_type, snr_gamma)
+    return rows.mean()
 
 
 HUBER_DELTA = 0.1

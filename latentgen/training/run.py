@@ -5,6 +5,7 @@ orderly end when asked to stop. It does not know what is trained.
 """
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_log
 
-from latentgen.errors import LatentgenError
+from latentgen.errors import LatentgenError, TrainingError
 from latentgen.training.checkpoint import (
     Export,
     best_loss,
@@ -54,6 +55,11 @@ def start(config: RunConfig) -> Accelerator:
         log_with=config.report_to if config.report_to != "none" else None,
         project_dir=config.output_dir / "logs",
     )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise TrainingError(
+            "the processes do not know each other; on processors, start them with "
+            "`accelerate launch --cpu --num_processes N`"
+        )
     set_seed(config.seed)
     return accelerator
 

@@ -1,0 +1,402 @@
+"""Fine-tuning a model that exists: what LoRA, DreamBooth and textual inversion share.
+
+A script says which numbers learn (`adapt`) and what file they become (`export`); this module reads
+and checks the data, says what will happen, caches latents and token states, and trains. The
+objective is in `objective.py`, the loop in `loop.py`.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import latentgen
+from latentgen.errors import TrainingError
+from latentgen.images import contact_sheet, load_mask
+from latentgen.modelfolder import Model
+from latentgen.pipeline import LatentDiffusion
+from latentgen.training.buckets import Size
+from latentgen.training.config import as_json
+from latentgen.training.data import Batch, cached, pixel_batches, step_generator
+from latentgen.training.encoders import Captions, Encoders
+from latentgen.training.lesson import FineTuneConfig, Lesson, find_model, read_pictures, unet_config
+from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
+from latentgen.training.pictures import Picture
+from latentgen.training.preflight import duration, forecast
+from latentgen.training.run import run, start
+
+MEASURED = 16  # pictures that the fixed-noise loss looks at, each at FRACTIONS of the schedule
+FRACTIONS = (0.1, 0.35, 0.6, 0.85)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is learnt.
+
+    Attributes:
+        adapt: (unet, text_encoder, tokenizer): put in the weights that learn; all others are
+            frozen already. It is called once on a model without memory, to count.
+        export: (model, folder, manifest): write what was learnt, ready for use.
+        whole: the U-Net's own weights learn, so they must be loaded in full precision.
+    """
+
+    adapt: Callable[[nn.Module, nn.Module, CLIPTokenizer], None]
+    export: Callable[[LatentDiffusion, Path, dict[str, Any]], None]
+    whole: bool = False
+
+
+class Denoiser(nn.Module):
+    """What is trained: the U-Net and, where it learns too, the text encoder before it."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder if _learns(text_encoder) else None
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+        """`noisy` (B, C, h, w); `words` (B, 77) token ids if the text encoder learns, else
+        (B, 77, D) token states. Returns the prediction, (B, C, h, w)."""
+        states = words if self.text_encoder is None else self.text_encoder(words)[0]
+        return self.unet(noisy, timesteps, states).sample
+
+
+def fine_tune(
+    config: FineTuneConfig, method: Method, pictures: list[Picture] | None = None
+) -> None:
+    """Check, tell, train, export. `pictures`: instead of those that the settings name.
+
+    Raises DataError and InvalidRequest before any weights are read, TrainingError later.
+    """
+    found = find_model(config)
+    tokenizer = _tokenizer(found)
+    pictures = read_pictures(config) if pictures is None else pictures
+    lesson = Lesson(config, found, pictures, tokenizer)
+    _expect("the pictures", config.expect_data, lesson.fingerprint)
+    _expect("the model", config.expect_model, found.hash())
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
+        print(lesson.describe(), flush=True)
+    plan = _plan(config, method, found, lesson)
+    if main_process:
+        print(plan, flush=True)
+    if config.dry_run:
+        return
+
+    accelerator = start(config)
+    dtype = _weight_dtype(accelerator, method)
+    pipe = _load(config, accelerator.device, dtype)
+    denoiser = _adapted(method, pipe.unet, pipe.text_encoder, pipe.tokenizer)
+    task = Task(config, pipe, denoiser, lesson, accelerator)
+    manifest = {
+        "config": as_json(config),
+        "data": lesson.fingerprint,
+        "model": found.hash(),
+        "versions": {m.__name__: m.__version__ for m in (latentgen, torch, diffusers, peft)},
+    }
+    rate = 1.0 if config.text_encoder_lr is None else config.text_encoder_lr / config.learning_rate
+    run(
+        denoiser,
+        task.loss,
+        config,
+        accelerator,
+        lesson.instances,
+        f"{lesson.fingerprint} {task.encoders.vae_key} {task.encoders.text_key}",
+        task.validate,
+        groups=lesson.groups(),
+        rate_of=lambda name: rate if name.startswith("text_encoder.") else 1.0,
+        export=lambda folder: method.export(pipe, folder, manifest),
+    )
+    if accelerator.is_main_process:
+        method.export(pipe, config.output_dir, manifest)
+
+
+class Task:
+    """The loss and the measurement of a run, on cached latents and token states."""
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        pipe: LatentDiffusion,
+        denoiser: Denoiser,
+        lesson: Lesson,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.pipe, self.lesson = config, pipe, lesson
+        self.device, self.dtype = accelerator.device, pipe.unet.dtype
+        self.alphas_cumprod = pipe.scheduler.alphas_cumprod
+        self.prediction_type = pipe.scheduler.config.prediction_type
+        self.encoders = Encoders(pipe.vae.float(), pipe.text_encoder, pipe.tokenizer)
+        self.latents = Latents(lesson, self.encoders, config.output_dir)
+        pipe.vae.to(dtype=self.dtype)
+        self.words = self._captions(denoiser.text_encoder is not None)
+        if self.device.type != "cpu" and not config.validation_prompts:
+            pipe.vae.to("cpu")  # nothing asks them again
+            if denoiser.text_encoder is None:
+                pipe.text_encoder.to("cpu")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean over instances, and the weighted mean over pictures of the class."""
+        config, lesson = self.config, self.lesson
+        x_0, mask, bucket = self.latents.draw(batch)
+        words = self.words.draw(batch, config.proportion_empty_prompts)
+        noise, timesteps = self._noise(batch, x_0), batch.integers(len(self.alphas_cumprod))
+        if not lesson.classes:
+            return self._error(model, x_0, noise, timesteps, words, mask)
+        count = len(x_0)
+        rows = batch.rows_of(len(lesson.classes), count)
+        of_class = self.latents.of_class[bucket][rows]
+        first_class = len(lesson.instances) + len(lesson.unseen)
+        return self._error(
+            model,
+            torch.cat([x_0, of_class]),
+            torch.cat([noise, self._noise(batch, x_0)]),
+            torch.cat([timesteps, batch.integers(len(self.alphas_cumprod))]),
+            torch.cat([words, self.words.first(first_class + rows)]),
+            None if mask is None else torch.cat([mask, torch.ones_like(mask)]),
+            prior=count,
+        )
+
+    def validate(self, model: nn.Module) -> tuple[dict[str, float], Image.Image | None]:
+        """The loss at fixed noise and timesteps, and pictures of the same prompts and seeds."""
+        generator = step_generator(0, 0)
+        losses = []
+        for rows, x_0 in self.latents.measured():
+            words = self.words.first(rows)
+            for fraction in FRACTIONS:
+                timesteps = torch.full((len(rows),), int(fraction * len(self.alphas_cumprod)))
+                noise = torch.randn(x_0.shape, generator=generator)
+                losses.append(self._error(model, x_0, noise, timesteps, words, None).item())
+        name = "held_out_loss" if self.lesson.unseen else "fixed_noise_loss"
+        return {name: sum(losses) / len(losses)}, self._samples()
+
+    def _samples(self) -> Image.Image | None:
+        prompts = self.config.validation_prompts
+        if not prompts:
+            return None
+        return contact_sheet(self.pipe.generate(prompts, seed=0).images)
+
+    def _error(
+        self,
+        model: nn.Module,
+        x_0: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        words: Tensor,
+        mask: Tensor | None,
+        prior: int | None = None,
+    ) -> Tensor:
+        """`prior`: from this row on, the pictures show the class."""
+        alphas = self.alphas_cumprod[timesteps].to(self.device)
+        x_0, noise = x_0.to(self.device), noise.to(self.device)
+        target = prediction_target(x_0, noise, alphas, self.prediction_type)
+        noisy = noisy_latents(x_0, noise, alphas).to(self.dtype)
+        words = words.to(self.device)
+        words = words if words.dtype == torch.long else words.to(self.dtype)
+        prediction = model(noisy, timesteps.to(self.device), words)
+        mask = None if mask is None else mask.to(self.device)
+        arguments = (self.prediction_type, self.config.snr_gamma or None, self.config.loss)
+        if prior is None:
+            return diffusion_loss(prediction, target, alphas, *arguments, mask=mask)
+        own, others = slice(None, prior), slice(prior, None)
+        instance_mask = None if mask is None else mask[own]
+        instance = diffusion_loss(
+            prediction[own], target[own], alphas[own], *arguments, mask=instance_mask
+        )
+        of_class = diffusion_loss(prediction[others], target[others], alphas[others], *arguments)
+        return instance + self.config.prior_loss_weight * of_class
+
+    def _noise(self, batch: Batch, like: Tensor) -> Tensor:
+        noise = batch.normal(*like.shape[1:])
+        if self.config.noise_offset:
+            noise = noise + self.config.noise_offset * batch.normal(like.shape[1], 1, 1)
+        return noise
+
+    def _captions(self, text_encoder_learns: bool) -> Captions:
+        pictures = [*self.lesson.instances, *self.lesson.unseen, *self.lesson.classes]
+        encoders = self.encoders
+        if text_encoder_learns:
+            return Captions(pictures, encoders.token_ids)
+        key = f"{self.lesson.fingerprint} {encoders.text_key}"
+        folder = self.config.output_dir
+        return Captions(pictures, lambda texts: cached(folder, key, lambda: encoders.states(texts)))
+
+
+class Latents:
+    """All pictures as latents, by bucket."""
+
+    def __init__(self, lesson: Lesson, encoders: Encoders, output_dir: Path) -> None:
+        self._lesson, self._encoders, self._output_dir = lesson, encoders, output_dir
+        self._plain: dict[Size, Tensor] = {}  # (n, C, h, w)
+        self._mirrored: dict[Size, Tensor] = {}
+        self._masks: dict[Size, Tensor] = {}  # (n, 1, h, w)
+        self.of_class: dict[Size, Tensor] = {}
+        self._place = torch.zeros(len(lesson.instances), dtype=torch.long)  # inside its bucket
+        self._flips = torch.tensor([picture.random_flip for picture in lesson.instances])
+        for size in sorted(set(lesson.buckets)):
+            rows = [row for row, bucket in enumerate(lesson.buckets) if bucket == size]
+            pictures = [lesson.instances[row] for row in rows]
+            self._place[rows] = torch.arange(len(rows))
+            self._plain[size] = self._encode(pictures, size)
+            if any(picture.random_flip for picture in pictures):
+                self._mirrored[size] = self._encode(pictures, size, mirror=True)
+            if any(picture.mask is not None for picture in pictures):
+                self._masks[size] = self._read_masks(pictures, size)
+            if lesson.classes:
+                self.of_class[size] = self._encode(lesson.classes, size)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor | None, Size]:
+        """The batch's latents (B, C, h, w), its masks (B, 1, h, w) if there are any, and its
+        bucket."""
+        size = self._lesson.buckets[int(batch.rows[0])]
+        place = self._place[batch.rows]
+        latents, masks = self._plain[size][place], self._masks.get(size)
+        mask = None if masks is None else masks[place]
+        mirror = (batch.integers(2) == 1) & self._flips[batch.rows]  # drawn always: one order
+        if size in self._mirrored:
+            column = mirror.reshape(-1, 1, 1, 1)
+            latents = torch.where(column, self._mirrored[size][place], latents)
+            mask = None if mask is None else torch.where(column, mask.flip(-1), mask)
+        return latents, mask, size
+
+    def measured(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows of captions, and latents: the pictures held out, or else of those trained on, by
+        bucket, MEASURED of them in all."""
+        lesson = self._lesson
+        if lesson.unseen:
+            first, buckets = len(lesson.instances), lesson.unseen_buckets
+            pictures = lesson.unseen
+        else:
+            first, buckets, pictures = 0, lesson.buckets, lesson.instances
+        chosen = range(0, len(pictures), -(-len(pictures) // MEASURED))
+        groups = []
+        for size in sorted({buckets[i] for i in chosen}):
+            inside = [i for i in chosen if buckets[i] == size]
+            latents = self._encode([pictures[i] for i in inside], size)
+            groups.append((torch.tensor(inside) + first, latents))
+        return groups
+
+    def _encode(self, pictures: list[Picture], size: Size, mirror: bool = False) -> Tensor:
+        def make() -> Tensor:
+            batches = pixel_batches(pictures, size, count=8)
+            flipped = (pixels.flip(-1) if mirror else pixels for pixels in batches)
+            return torch.cat([self._encoders.latents(pixels) for pixels in flipped])
+
+        files = [str(picture.file) for picture in pictures]
+        facts = [self._lesson.fingerprint, self._encoders.vae_key, size, mirror, files]
+        return cached(self._output_dir, json.dumps(facts), make)
+
+    def _read_masks(self, pictures: list[Picture], size: Size) -> Tensor:
+        factor = size[0] // next(iter(self._plain.values())).shape[-2]
+        masks = []
+        for picture in pictures:
+            image = Image.new("L", size[::-1], 255)
+            if picture.mask is not None:
+                image = ImageOps.fit(load_mask(picture.mask), size[::-1], Image.Resampling.LANCZOS)
+            values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            masks.append(values.reshape(1, *size).float() / 255)
+        return F.avg_pool2d(torch.stack(masks), factor)
+
+
+def _plan(config: FineTuneConfig, method: Method, found: Model, lesson: Lesson) -> str:
+    """The steps, their number from the epochs if those were asked for, and what they cost."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    if config.num_train_epochs is not None:
+        config.max_train_steps = -(-config.num_train_epochs * lesson.epoch() // batch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+        config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), torch.float32
+    )
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config(found))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(_folder(found) / "text_encoder"))
+        denoiser = _adapted(method, unet, text, _tokenizer(found))
+        height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
+        factor, rows = (
+            found.vae_scale_factor,
+            config.train_batch_size * (2 if lesson.classes else 1),
+        )
+        noisy = torch.zeros(rows, unet.config.in_channels, height // factor, width // factor)
+        words = torch.zeros(rows, lesson.limit + 2, unet.config.cross_attention_dim)
+        words = words if denoiser.text_encoder is None else words[..., 0].long()
+        told = forecast(denoiser, (noisy, torch.zeros(rows), words), dtype)
+    seconds = told.seconds(
+        config.max_train_steps * config.gradient_accumulation_steps, device, dtype
+    )
+    epochs = config.max_train_steps * batch / lesson.epoch()
+    return (
+        f"{told.trained:,} of {told.weights:,} weights learn\n"
+        f"{config.max_train_steps} steps of {batch} pictures are {epochs:.1f} epochs; "
+        f"about {duration(seconds)} and {told.memory / 1e9:.1f} GB of memory on this {device.type}"
+    )
+
+
+def _adapted(
+    method: Method, unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer
+) -> Denoiser:
+    """Only what `method` puts in learns, in full precision."""
+    unet.requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    try:
+        method.adapt(unet, text_encoder, tokenizer)
+    except ValueError as error:  # target modules that are not there
+        raise TrainingError(str(error).splitlines()[0]) from error
+    denoiser = Denoiser(unet, text_encoder)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return denoiser
+
+
+def _load(config: FineTuneConfig, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    attention = "xformers" if config.enable_xformers_memory_efficient_attention else None
+    found = find_model(config)
+    pipe = LatentDiffusion.from_pretrained(
+        found.hub_id or _folder(found), device, dtype, attention, config.revision
+    )
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    return pipe
+
+
+def _weight_dtype(accelerator: Accelerator, method: Method) -> torch.dtype:
+    """Of the weights that do not learn."""
+    if method.whole:
+        return torch.float32
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+        accelerator.mixed_precision, torch.float32
+    )
+
+
+def _folder(found: Model) -> Path:
+    assert found.path is not None
+    return found.path
+
+
+def _tokenizer(found: Model) -> CLIPTokenizer:
+    if found.hub_id is not None:
+        return CLIPTokenizer.from_pretrained(
+            found.hub_id, subfolder="tokenizer", revision=found.revision
+        )
+    return CLIPTokenizer.from_pretrained(_folder(found) / "tokenizer")
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _expect(what: str, wanted: str | None, found: str | None) -> None:
+    if wanted is not None and wanted != found:
+        raise TrainingError(f"{what} are not those of the run to repeat: {found}, not {wanted}")

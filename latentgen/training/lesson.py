@@ -1,0 +1,279 @@
+"""The pictures of a fine-tuning: the settings, what they name, and what was found there.
+
+All of it happens before any weights are read; of the model it knows its configuration and its
+tokenizer.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from latentgen import modelfolder
+from latentgen.errors import DataError, TrainingError
+from latentgen.modelfolder import Model
+from latentgen.training.buckets import Size, bucket_of, bucket_sizes
+from latentgen.training.config import RunConfig, flag
+from latentgen.training.pictures import (
+    ALLOWABLE,
+    Checked,
+    Picture,
+    check_pictures,
+    read_dataset,
+    read_folder,
+    read_kohya,
+    shuffled,
+    with_masks,
+)
+from latentgen.training.preflight import bucket_table
+
+BUNDLED = Path(modelfolder.DEFAULT_MODEL).name
+
+
+@dataclass(kw_only=True)
+class FineTuneConfig(RunConfig):
+    """The model, the pictures, and how they are used."""
+
+    pretrained_model_name_or_path: str = flag(BUNDLED, help="a model folder or a hub id")
+    revision: str | None = flag(None, help="its branch, tag or commit on the hub")
+    train_data_dir: Path | None = flag(None, help="a folder of pictures with captions")
+    metadata_file: str = flag("metadata.jsonl", help="the listing inside --train_data_dir")
+    dataset_name: str | None = flag(None, help="or a Hugging Face dataset: hub id or folder")
+    image_column: str = flag("image", help="of that dataset")
+    caption_column: str = flag("text", help="of that dataset")
+    dataset_config: Path | None = flag(None, help="or a TOML in kohya's format")
+    mask_data_dir: Path | None = flag(
+        None, help="loss masks: pictures of the same names, white = train"
+    )
+    validation_data_dir: Path | None = flag(None, help="pictures that measure")
+    num_held_out: int | None = flag(
+        None, help="or so many of the training's; default: a tenth, of 20 or more"
+    )
+    allow: list[str] = flag([], choices=list(ALLOWABLE), help="what may be wrong with pictures")
+    resolution: int | None = flag(None, help="side of a square as large as a picture; the model's")
+    enable_bucket: bool = flag(True, help="keep shapes; without, the middle square is taken")
+    min_bucket_reso: int | None = flag(None, help="shortest side; half the resolution")
+    max_bucket_reso: int | None = flag(None, help="longest side; twice the resolution")
+    bucket_reso_steps: int | None = flag(None, help="sides are multiples of it; the model's least")
+    bucket_no_upscale: bool = flag(False, help="never enlarge a picture to fill its bucket")
+    random_flip: bool = flag(False, help="mirror half of the pictures")
+    repeats: int = flag(1, help="how often a picture comes in an epoch")
+    shuffle_caption: bool = flag(False, help="the tags of a caption, 'a, b, c', in any order")
+    keep_tokens: int = flag(0, help="tags that stay in front")
+    proportion_empty_prompts: float = flag(0.0, help="captions dropped")
+    noise_offset: float = flag(0.0, help="noise of one value a channel, for dark and bright")
+    snr_gamma: float | None = flag(None, help="min-SNR weighting; 5 is usual")
+    loss: Literal["l2", "l1", "huber"] = flag("l2", help="of the prediction's error")
+    prior_loss_weight: float = flag(
+        1.0, help="of pictures that show the class (prior preservation)"
+    )
+    gradient_checkpointing: bool = flag(False, help="less memory for more time")
+    enable_xformers_memory_efficient_attention: bool = flag(False, help="xformers, on CUDA")
+    text_encoder_lr: float | None = flag(None, help="of the text side; default: --learning_rate")
+    num_train_epochs: int | None = flag(None, help="instead of --max_train_steps")
+    max_train_steps: int = flag(500, help="steps of the optimizer")
+    train_batch_size: int = flag(4, help="pictures a process and micro-batch")
+    learning_rate: float = flag(1e-4, help="its highest value")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
+        "constant", help="how it falls to zero after the warm-up, if it does"
+    )
+    lr_warmup_steps: int = flag(0, help="steps of a linear rise from zero")
+    adam_beta2: float = flag(0.999, help="AdamW: memory of its square")
+    ema_decay: float = flag(0.0, help="of the averaged weights, which are the result; 0: none")
+    validation_steps: int = flag(100, help="steps between measurements and sample pictures")
+    checkpointing_steps: int = flag(100, help="steps between checkpoints")
+    validation_prompts: list[str] = flag(
+        [], aliases=["--validation_prompt"], help="of the sample pictures, before and after"
+    )
+    output_name: str | None = flag(None, help="of the file; default: that of --output_dir")
+    dry_run: bool = flag(False, help="check everything, say what would be done, and stop")
+    expect_data: str | None = flag(None, help="stop unless the data has this fingerprint")
+    expect_model: str | None = flag(None, help="stop unless the model has this hash")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sources = [self.train_data_dir, self.dataset_name, self.dataset_config]
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError(
+                "give the pictures as one of --train_data_dir, --dataset_name, --dataset_config"
+            )
+        for name in ("proportion_empty_prompts",):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if any(not prompt.strip() for prompt in self.validation_prompts):
+            raise ValueError("validation_prompts: one of them is empty")
+
+    @property
+    def name(self) -> str:
+        """Of the file that comes out."""
+        return self.output_name or self.output_dir.resolve().name
+
+
+def find_model(config: FineTuneConfig) -> Model:
+    """The model's facts, without its weights."""
+    name = config.pretrained_model_name_or_path
+    found = modelfolder.find(
+        modelfolder.DEFAULT_MODEL if name == BUNDLED else name, config.revision
+    )
+    if found.is_single_file:
+        raise TrainingError(
+            f"{name}: training needs a model folder; make one with "
+            "LatentDiffusion.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if found.sees_mask:
+        raise TrainingError(f"{name} is an inpainting model (nine channels); train the plain one")
+    return found
+
+
+def unet_config(found: Model) -> dict[str, Any]:
+    """The U-Net's configuration."""
+    assert found.path is not None
+    return modelfolder.read_json(found.path / "unet" / "config.json")
+
+
+def read_pictures(config: FineTuneConfig) -> list[Picture]:
+    """The pictures that the settings name, with the settings that concern them all."""
+    if config.train_data_dir is not None:
+        pictures = read_folder(config.train_data_dir, config.metadata_file)
+    elif config.dataset_name is not None:
+        exported = config.output_dir / "cache" / "dataset"
+        columns = (config.image_column, config.caption_column)
+        pictures = read_dataset(config.dataset_name, *columns, exported)
+    else:
+        assert config.dataset_config is not None
+        pictures = read_kohya(config.dataset_config, config.seed)
+    if config.shuffle_caption:
+        pictures = [
+            replace(
+                picture,
+                captions=tuple(
+                    order
+                    for caption in picture.captions
+                    for order in shuffled(caption, config.keep_tokens, config.seed)
+                ),
+            )
+            for picture in pictures
+        ]
+    if config.mask_data_dir is not None:
+        pictures = with_masks(pictures, config.mask_data_dir)
+    return [
+        replace(
+            picture,
+            repeats=picture.repeats * config.repeats,
+            random_flip=picture.random_flip or config.random_flip,
+        )
+        for picture in pictures
+    ]
+
+
+class Lesson:
+    """The pictures of a run, checked and sorted: instances to learn, the class to preserve, those
+    held out to measure with, and the bucket of each."""
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        found: Model,
+        pictures: list[Picture],
+        tokenizer: CLIPTokenizer,
+    ) -> None:
+        side = config.resolution if config.resolution is not None else found.height
+        least = found.vae_scale_factor * 2 ** (len(unet_config(found)["block_out_channels"]) - 1)
+        self.step = config.bucket_reso_steps if config.bucket_reso_steps is not None else least
+        for name, value in (("resolution", side), ("bucket_reso_steps", self.step)):
+            if value % least:
+                raise DataError(f"{name}: {value} is no multiple of {least}, which the model needs")
+        self.square = (side, side)
+        self.sizes = [self.square]
+        if config.enable_bucket:
+            shortest = config.min_bucket_reso or side // 2
+            longest = config.max_bucket_reso or side * 2
+            self.sizes = bucket_sizes(side, self.step, shortest, longest)
+            if not self.sizes:
+                raise DataError(f"no bucket has sides from {shortest} to {longest}")
+        self.no_upscale = config.bucket_no_upscale
+        self.limit = tokenizer.model_max_length - 2
+        self._length = lambda caption: len(tokenizer(caption, add_special_tokens=False).input_ids)
+
+        checks: dict[str, Any] = {
+            "allow": config.allow,
+            "least_side": side // 2,
+            "too_long": lambda caption: self._length(caption) > self.limit,
+        }
+        instances = check_pictures([p for p in pictures if not p.is_reg], **checks)
+        of_class = [p for p in pictures if p.is_reg]
+        prints = [instances.fingerprint]
+        self.classes: list[Picture] = []
+        if of_class:
+            classes = check_pictures(of_class, **checks, at_least=1)
+            self.classes = classes.pictures
+            prints.append(classes.fingerprint)
+        if config.validation_data_dir is not None:
+            unseen = check_pictures(read_folder(config.validation_data_dir), **checks, at_least=1)
+            prints.append(unseen.fingerprint)
+        else:
+            instances, unseen = _hold_out(instances, config.num_held_out)
+        self.instances, self.unseen = instances.pictures, unseen.pictures
+        self.fingerprint = " ".join(prints)
+        self.warnings = instances.warnings
+        self.buckets = [self._bucket(config, size) for size in instances.sizes]
+        self.unseen_buckets = [self._bucket(config, size) for size in unseen.sizes]
+
+    def groups(self) -> list[Tensor]:
+        """The rows of each bucket, a picture as often as it is repeated."""
+        rows = torch.arange(len(self.instances))
+        repeats = torch.tensor([picture.repeats for picture in self.instances])
+        return [
+            rows[inside].repeat_interleave(repeats[inside])
+            for size in sorted(set(self.buckets))
+            for inside in [torch.tensor([bucket == size for bucket in self.buckets])]
+        ]
+
+    def describe(self) -> str:
+        """What is there, and what is wrong with it but allowed."""
+        captions = [caption for picture in self.instances for caption in picture.captions]
+        lengths = [self._length(caption) for caption in captions]
+        flips = sum(picture.random_flip for picture in self.instances)
+        masks = sum(picture.mask is not None for picture in self.instances)
+        facts = [
+            f"{len(self.instances)} pictures, {len(captions)} captions of "
+            f"{min(lengths)} to {max(lengths)} tokens (at most {self.limit})",
+            *([f"{flips} may be mirrored"] if flips else []),
+            *([f"{masks} with a loss mask"] if masks else []),
+            *([f"{len(self.classes)} pictures of the class"] if self.classes else []),
+            f"{len(self.unseen)} held out to measure with"
+            if self.unseen
+            else "none held out: the loss at fixed noise is that of pictures it trains on",
+        ]
+        repeats = [picture.repeats for picture in self.instances]
+        table = bucket_table(self.buckets, repeats)
+        example = f"first caption: {captions[0]!r}"
+        return "\n".join([*([self.warnings] if self.warnings else []), *facts, example, table])
+
+    def epoch(self) -> int:
+        """Pictures in an epoch."""
+        return sum(picture.repeats for picture in self.instances)
+
+    def _bucket(self, config: FineTuneConfig, size: tuple[int, int]) -> Size:
+        if not config.enable_bucket:
+            return self.square
+        return bucket_of(size[::-1], self.sizes, self.step, self.no_upscale)
+
+
+def _hold_out(checked: Checked, count: int | None) -> tuple[Checked, Checked]:
+    """Pictures to train on, and pictures spread among them that are kept back."""
+    total = len(checked.pictures)
+    count = (total // 10 if total >= 20 else 0) if count is None else count
+    if count > total - 1:
+        raise DataError(f"num_held_out: {count} of {total} pictures leave none to train on")
+    out = {(2 * i + 1) * total // (2 * count) for i in range(count)}
+
+    def part(rows: list[int]) -> Checked:
+        pictures, sizes = [checked.pictures[i] for i in rows], [checked.sizes[i] for i in rows]
+        return replace(checked, pictures=pictures, sizes=sizes)
+
+    kept = [i for i in range(total) if i not in out]
+    return part(kept), part(sorted(out))

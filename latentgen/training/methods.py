@@ -1,0 +1,190 @@
+"""Which weights learn, and what file they become: LoRA, a new word, or everything.
+
+Papers: Hu et al. 2021, LoRA; Liu et al. 2024, DoRA; Kalajdzievski 2023, rank-stabilised LoRA;
+Gal et al. 2022, textual inversion; Roich et al. 2021, pivotal tuning (both at once).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentgen.errors import TrainingError
+from latentgen.lora import collect_lora, lora_metadata, write_lora
+from latentgen.pipeline import LatentDiffusion
+from latentgen.training.config import MANIFEST, flag
+from latentgen.training.finetune import Method
+from latentgen.training.lesson import FineTuneConfig
+
+TEXT_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@dataclass(kw_only=True)
+class LoraConfigFlags(FineTuneConfig):
+    """The settings of a LoRA."""
+
+    rank: int = flag(8, help="numbers between the two matrices of a layer")
+    lora_alpha: float | None = flag(None, help="strength times rank; default: the rank")
+    lora_dropout: float = flag(0.0, help="of what goes into the layers, while training")
+    target_modules: list[str] = flag(
+        ["to_q", "to_k", "to_v", "to_out.0"], help="ends of the names of the U-Net's layers"
+    )
+    use_dora: bool = flag(False, help="learn directions and lengths apart")
+    use_rslora: bool = flag(False, help="divide by the root of the rank")
+    train_text_encoder: bool = flag(False, help="its attention layers learn too")
+    lora_layout: Literal["kohya", "diffusers", "peft"] = flag("kohya", help="of the file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank: {self.rank} is too small; use 1 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class WordFlags(FineTuneConfig):
+    """The settings of a new word."""
+
+    placeholder_token: str | None = flag(None, help="the new word, as it stands in the captions")
+    initializer_token: str = flag("thing", help="a word that it begins as")
+    num_vectors: int = flag(1, help="embeddings that make up the word")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_vectors < 1:
+            raise ValueError(f"num_vectors: {self.num_vectors} is too small; use 1 or more")
+
+
+def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> Method:
+    """Low-rank changes of the U-Net's layers and, if asked for, the text encoder's."""
+
+    def adapt(unet: nn.Module, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        _inject(config, unet, config.target_modules)
+        if config.train_text_encoder:
+            _inject(config, text_encoder, TEXT_MODULES)
+
+    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+        resolution = config.resolution if config.resolution is not None else pipe.model.height
+        network = {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
+        metadata = lora_metadata(
+            title=config.name,
+            base_model=pipe.model.name,
+            rank=config.rank,
+            alpha=config.lora_alpha if config.lora_alpha is not None else float(config.rank),
+            prediction_type=pipe.scheduler.config.prediction_type,
+            resolution=resolution,
+            trigger_phrase=trigger_phrase,
+            network_args=network,
+            manifest=manifest,
+        )
+        lora = collect_lora(pipe.unet, pipe.text_encoder if config.train_text_encoder else None)
+        # the other layouts have a file name of their own, by which their readers know them
+        names = {"kohya": f"{config.name}.safetensors", "peft": config.name}
+        name = names.get(config.lora_layout, "pytorch_lora_weights.safetensors")
+        lora.metadata.update(metadata)
+        write_lora(lora, folder / name, config.lora_layout)
+
+    return Method(adapt, export)
+
+
+def word_method(config: WordFlags) -> Method:
+    """The embeddings of a new word; everything else stays as it is."""
+    token = config.placeholder_token
+    assert token is not None
+
+    def adapt(unet: nn.Module, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        begin = tokenizer(config.initializer_token, add_special_tokens=False).input_ids
+        if not begin:
+            raise TrainingError(f"initializer_token: {config.initializer_token!r} is no word")
+        if tokenizer.add_tokens(parts_of_word(token, config.num_vectors)) != config.num_vectors:
+            raise TrainingError(f"placeholder_token: the tokenizer knows {token} already")
+        base = text_encoder.get_input_embeddings()
+        known = base.weight[torch.tensor(begin)]  # (tokens, D)
+        vectors = known.mean(0, keepdim=True).repeat(config.num_vectors, 1)
+        text_encoder.set_input_embeddings(WordEmbedding(base, vectors))
+
+    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+        vectors = pipe.text_encoder.get_input_embeddings().learned  # (num_vectors, D)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {token: vectors.detach().float().cpu().contiguous()},
+            folder / f"{config.name}.safetensors",
+            {MANIFEST: json.dumps(manifest, sort_keys=True)},
+        )
+
+    return Method(adapt, export)
+
+
+def whole_method(train_text_encoder: bool) -> Method:
+    """All weights of the U-Net, and of the text encoder if asked for; the result is a model."""
+
+    def adapt(unet: nn.Module, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        unet.requires_grad_(True)
+        text_encoder.requires_grad_(train_text_encoder)
+
+    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+        pipe.save_pretrained(folder)
+        (folder / "latentgen_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    return Method(adapt, export, whole=True)
+
+
+def both(first: Method, second: Method, second_folder: str) -> Method:
+    """Two methods at once, in that order; the second one's file goes into a folder of its own."""
+
+    def adapt(unet: nn.Module, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        first.adapt(unet, text_encoder, tokenizer)
+        second.adapt(unet, text_encoder, tokenizer)
+
+    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+        first.export(pipe, folder, manifest)
+        second.export(pipe, folder / second_folder, manifest)
+
+    return Method(adapt, export)
+
+
+class WordEmbedding(nn.Module):
+    """A text encoder's embeddings, frozen, and those of new words behind them, which learn."""
+
+    def __init__(self, base: nn.Embedding, vectors: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.learned = nn.Parameter(vectors.detach().clone())  # (new, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…,) ids to (…, D)."""
+        first = self.base.num_embeddings
+        known = self.base(ids.clamp(max=first - 1))
+        new = F.embedding((ids - first).clamp(min=0), self.learned).to(known.dtype)
+        return torch.where((ids >= first).unsqueeze(-1), new, known)
+
+
+def parts_of_word(token: str, count: int) -> list[str]:
+    """The tokens that a word of several embeddings is made of, named as diffusers names them."""
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
+
+
+def written_out(caption: str, token: str, count: int) -> str:
+    """The caption with every part of the new word in its place."""
+    return caption.replace(token, " ".join(parts_of_word(token, count)))
+
+
+def _inject(config: LoraConfigFlags, model: nn.Module, target_modules: list[str]) -> None:
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha if config.lora_alpha is not None else config.rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+    )
+    inject_adapter_in_model(settings, model)

@@ -1,0 +1,687 @@
+"""Fine-tuning: data that is told before weights are read, what learns, exact resume, the files."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import StableDiffusionPipeline
+from fakes import components
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from latentgen import LatentDiffusion
+from latentgen.errors import DataError, InvalidRequest, TrainingError
+from latentgen.lora import read_lora
+from latentgen.training import finetune, objective
+from latentgen.training.buckets import bucket_of, bucket_sizes
+from latentgen.training.data import Batch, Order, pixel_batches
+from latentgen.training.loop import new_state
+from latentgen.training.methods import WordEmbedding
+from latentgen.training.pictures import Picture, kohya_flags, read_kohya, shuffled, with_masks
+
+SCRIPTS = Path(__file__).parents[2] / "training"
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model for pictures of 32 px; its U-Net needs sides of 16 px."""
+    folder = tmp_path_factory.mktemp("model")
+    LatentDiffusion(**components(sample_size=4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return draw_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(autouse=True)
+def no_process_state_is_left():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def draw_pictures(folder: Path, count: int = 6, size: tuple[int, int] = (32, 32)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, colour in enumerate(COLOURS[:count]):
+        image = Image.new("RGB", size, "white")
+        ImageDraw.Draw(image).ellipse((4, 4, 20 + number, 26), fill=colour)
+        image.save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"a {colour} dot")
+    return folder
+
+
+def start(script: str, **flags: object):
+    """Run a script's main function with flags, in this process."""
+    words = [script]
+    for name, value in flags.items():
+        if value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(one) for one in values if one is not True)]
+    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    before, sys.argv = sys.argv, words
+    try:
+        spec.loader.exec_module(module)
+        getattr(module, script)()
+    finally:
+        sys.argv = before
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train_lora(model: Path, folder: Path | None, output: Path, **flags: object) -> Path:
+    """A short LoRA run; its file."""
+    settings = {
+        "pretrained_model_name_or_path": model,
+        "output_dir": output,
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "learning_rate": 0.01,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        "rank": 2,
+    } | flags
+    if folder is not None:
+        settings["train_data_dir"] = folder
+    start("train_lora", **settings)
+    return output / f"{output.name}.safetensors"
+
+
+# Buckets and the order of pictures.
+
+
+def test_buckets_have_the_area_and_no_picture_is_stretched(tmp_path):
+    sizes = bucket_sizes(64, 16, 32, 128)
+    assert (64, 64) in sizes
+    assert (32, 128) in sizes
+    assert (48, 80) in sizes  # 5 x 16 is the widest that fits below 64 x 64
+    assert all(h * w <= 64 * 64 and h % 16 == w % 16 == 0 for h, w in sizes)
+    assert bucket_of((300, 300), sizes, 16) == (64, 64)
+    assert bucket_of((100, 400), sizes, 16) == (32, 128)
+    assert bucket_of((400, 100), sizes, 16) == (128, 32)
+    assert bucket_of((40, 55), sizes, 16, no_upscale=True) == (32, 48)
+    image = Image.new("RGB", (200, 50), "black")
+    ImageDraw.Draw(image).rectangle((90, 15, 109, 34), fill="white")  # a square of 20 px
+    image.save(tmp_path / "wide.png")
+    (pixels,) = pixel_batches([Picture(tmp_path / "wide.png", ("a",))], (32, 128))
+    inside = pixels[0, 0] > 128
+    height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
+    assert height == width
+    assert width in (12, 13)  # 20 px of 50 on 32: 12.8
+
+
+def test_a_batch_is_of_one_bucket_and_buckets_come_by_their_size():
+    groups = [torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([6, 7, 7])]
+    order = Order(3, groups, total=2)
+    seen = [order.rows(step).tolist() for step in range(300)]
+    assert all(max(rows) < 6 or min(rows) >= 6 for rows in seen)
+    first = [row for rows in seen if max(rows) < 6 for row in rows]
+    assert sorted(first[:6]) == sorted(first[6:12]) == [0, 1, 2, 3, 4, 5]
+    second = [row for rows in seen if min(rows) >= 6 for row in rows]
+    assert sorted(second[:3]) == [6, 7, 7]
+    assert 0.6 < len(first) / 600 < 0.73  # two thirds
+    again = Order(3, groups, total=2)
+    assert again.rows(117).tolist() == seen[117]  # whatever was asked for before
+
+
+# Data.
+
+
+def test_a_kohya_file_is_read_whole(tmp_path):
+    draw_pictures(tmp_path / "things", 2)
+    (tmp_path / "things" / "red.txt").unlink()
+    (tmp_path / "things" / "green.txt").write_text("sks, a, b, c")
+    draw_pictures(tmp_path / "others", 1)
+    file = tmp_path / "set.toml"
+    file.write_text(
+        "[general]\nenable_bucket = true\nshuffle_caption = true\nkeep_tokens = 1\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 3\n"
+        "[[datasets.subsets]]\nimage_dir = 'things'\nclass_tokens = 'sks dot'\nnum_repeats = 5\n"
+        "caption_extension = '.txt'\nflip_aug = true\n"
+        "[[datasets.subsets]]\nimage_dir = 'others'\nis_reg = true\ncaption_extension = '.txt'\n"
+    )
+    green, red, other = read_kohya(file)
+    assert (red.captions, red.repeats, red.random_flip) == (("sks dot",), 5, True)
+    assert len(green.captions) > 1
+    assert all(
+        c.startswith("sks, ") and sorted(c) == sorted("sks, a, b, c") for c in green.captions
+    )
+    assert (other.is_reg, other.repeats, other.captions) == (True, 1, ("a red dot",))
+    flags = {"enable_bucket": True, "resolution": 64, "train_batch_size": 3}
+    assert kohya_flags(file) == flags
+    for wrong, told in [
+        ("image_dir = 'things'\ncolor_aug = true", "color_aug"),
+        ("image_dir = 'gone'", "gone is no folder"),
+        ("num_repeats = 2", "no image_dir"),
+    ]:
+        file.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{wrong}\n")
+        with pytest.raises(DataError, match=told):
+            read_kohya(file)
+
+
+def test_shuffled_tags_keep_the_first_ones_in_front():
+    orders = shuffled("a, b, c, d, e", 2, seed=0)
+    assert len(orders) > 2
+    assert all(order.startswith("a, b, ") for order in orders)
+    assert all(sorted(order.split(", ")) == ["a", "b", "c", "d", "e"] for order in orders)
+    assert shuffled("a dog on a hill", 0, seed=0) == ["a dog on a hill"]
+
+
+def test_a_dataset_of_hugging_face_is_read(tmp_path, model):
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (32, 32), colour) for colour in COLOURS]
+    rows = {"image": images, "text": [f"a {colour} field" for colour in COLOURS]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    file = train_lora(model, None, tmp_path / "out", dataset_name=tmp_path / "saved")
+    assert file.is_file()
+    with pytest.raises(DataError, match=r"no column 'caption'; it has \['image', 'text'\]"):
+        train_lora(
+            model, None, tmp_path / "b", dataset_name=tmp_path / "saved", caption_column="caption"
+        )
+
+
+def one_black_mask(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    Image.new("L", (32, 32), 0).save(folder / "masks" / "red.png")
+
+
+def one_mask_of_another_size(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    Image.new("L", (16, 32), 255).save(folder / "masks" / "red.png")
+
+
+BROKEN = {
+    "no picture": (lambda f: [p.unlink() for p in f.glob("*")], {}, "no picture"),
+    "one picture": (
+        lambda f: [p.unlink() for p in f.glob("*") if p.stem != "red"],
+        {},
+        r"only one picture, .*red\.png",
+    ),
+    "no folder": (lambda f: [p.unlink() for p in f.glob("*")] and f.rmdir(), {}, "no folder"),
+    "truncated": (
+        lambda f: (f / "red.png").write_bytes((f / "red.png").read_bytes()[:70]),
+        {},
+        r"1 unreadable.*\n.*red\.png",
+    ),
+    "no picture inside": (lambda f: (f / "blue.png").write_text("text"), {}, r"blue\.png"),
+    "uncaptioned": (lambda f: (f / "red.txt").unlink(), {}, r"without a caption.*\n.*red\.png"),
+    "empty caption": (lambda f: (f / "red.txt").write_text(" \n"), {}, r"without a caption"),
+    "not UTF-8": (lambda f: (f / "red.txt").write_bytes(b"\xff\xfe\x00"), {}, r"red\.txt"),
+    "twice": (
+        lambda f: (f / "green.png").write_bytes((f / "red.png").read_bytes()),
+        {},
+        r"1 duplicates.*\n.*red\.png = .*green\.png",
+    ),
+    "tiny": (
+        lambda f: Image.new("RGB", (15, 90), "red").save(f / "red.png"),
+        {},
+        r"tiny.*\n.*red\.png: 15 x 90",
+    ),
+    "long caption": (
+        lambda f: (f / "red.txt").write_text("long " * 20),
+        {},
+        r"longer than the text encoder reads.*\n.*red\.png",
+    ),
+    "mask of nothing": (
+        lambda f: draw_pictures(f.parent / "m", 1) and (f / "red.png").rename(f / "rot.png"),
+        {"mask_data_dir": "../m"},
+        "masks of no picture: red",
+    ),
+    "listing": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}\n' * 2),
+        {},
+        r"2 missing.*\n.*gone\.png",
+    ),
+    "resolution": (lambda f: None, {"resolution": 40}, "40 is no multiple of 16"),
+    "too many held out": (lambda f: None, {"num_held_out": 6}, "leave none to train on"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_the_data_is_told_before_weights_are_read(
+    name, folder, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)  # would be a TypeError
+    spoil, flags, told = BROKEN[name]
+    spoil(folder)
+    flags = {key: folder / value if key.endswith("dir") else value for key, value in flags.items()}
+    with pytest.raises(DataError, match=told):
+        train_lora(model, folder, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoil", [one_black_mask, one_mask_of_another_size])
+def test_masks_are_checked(spoil, folder, model, tmp_path):
+    spoil(folder)
+    pictures = with_masks([Picture(folder / "red.png", ("a",))], folder / "masks")
+    assert pictures[0].mask == folder / "masks" / "red.png"
+    listing = [{"file_name": f"{c}.png", "text": c} for c in COLOURS]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, listing)))
+    with pytest.raises(DataError, match=r"masks that cannot be used.*\n.*red\.png"):
+        train_lora(model, folder, tmp_path / "out", mask_data_dir=folder / "masks")
+
+
+def test_problems_may_be_allowed_by_name(folder, model, tmp_path, capsys):
+    (folder / "red.txt").unlink()
+    (folder / "green.png").write_bytes((folder / "blue.png").read_bytes())
+    (folder / "black.png").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"(?s)unreadable.*duplicates|duplicates.*unreadable"):
+        train_lora(model, folder, tmp_path / "out", allow=["uncaptioned"])
+    allow = ["uncaptioned", "duplicates", "unreadable"]
+    assert train_lora(model, folder, tmp_path / "out", allow=allow).is_file()
+    told = capsys.readouterr().out
+    assert "1 without a caption, trained on with the empty caption" in told
+    assert "5 pictures" in told
+
+
+def test_a_dry_run_tells_and_leaves_nothing(folder, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
+    flags = {"dry_run": True, "repeats": 3, "num_train_epochs": 4, "max_train_steps": 1}
+    train_lora(model, folder, tmp_path / "out", **flags)
+    told = capsys.readouterr().out
+    assert "6 pictures, 6 captions of" in told
+    assert "32 x 32" in told
+    assert "36 steps of 2 pictures are 4.0 epochs" in told  # 6 x 3 x 4 / 2
+    assert "GB of memory" in told
+    assert not (tmp_path / "out").exists()
+
+
+# The objective.
+
+
+def test_masks_and_the_prior_by_hand():
+    prediction = torch.zeros(2, 1, 1, 2)
+    target = torch.tensor([[[[1.0, 3.0]]], [[[2.0, 4.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]], [[[0.25, 0.75]]]])
+    loss = objective.diffusion_loss(
+        prediction, target, torch.tensor([0.5, 0.5]), "epsilon", None, mask=mask
+    )
+    assert loss.item() == pytest.approx((1 + (0.25 * 4 + 0.75 * 16)) / 2)
+
+
+class Half(torch.nn.Module):
+    """Predicts half of what it sees, whatever the words."""
+
+    def forward(self, noisy, timesteps, words):
+        return noisy / 2
+
+
+def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
+    """Instances with a mask, pictures of the class, min-SNR, noise offset: all from their parts."""
+    draw_pictures(tmp_path / "class", 3, size=(40, 40))
+    (tmp_path / "masks").mkdir()
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    for colour in COLOURS:
+        mask.save(tmp_path / "masks" / f"{colour}.png")
+    file = tmp_path / "set.toml"
+    file.write_text(
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\ncaption_extension = '.txt'\n"
+        "conditioning_data_dir = 'masks'\n"
+        "[[datasets.subsets]]\nimage_dir = 'class'\ncaption_extension = '.txt'\nis_reg = true\n"
+    )
+    kept = {}
+
+    def keep(denoiser, loss, config, accelerator, *rest, **more):
+        kept.update(loss=loss, task=loss.__self__)
+
+    monkeypatch.setattr(finetune, "run", keep)
+    flags = {"prior_loss_weight": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1}
+    train_lora(model, None, tmp_path / "out", dataset_config=file, **flags)
+    task, loss = kept["task"], kept["loss"]
+    rows = torch.tensor([4, 1])
+    found = loss(Half(), Batch(0, 9, rows, slice(0, 2)))
+
+    batch = Batch(0, 9, rows, slice(0, 2))
+    x_0, latent_mask, size = task.latents.draw(batch)
+    assert size == (32, 32)
+    assert latent_mask[0, 0].tolist() == [[0, 0, 1, 1]] * 4
+    batch.uniform(), batch.uniform()  # which caption, and whether it is dropped
+    noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
+    timesteps = batch.integers(1000)
+    of_class = task.latents.of_class[size][batch.rows_of(3, 2)]
+    class_noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
+    class_timesteps = batch.integers(1000)
+
+    def expected(x, eps, t, weight):
+        a = task.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        error = ((a.sqrt() * x + (1 - a).sqrt() * eps) / 2 - eps).square()
+        snr = (a / (1 - a)).flatten()
+        weight = weight.expand_as(error)
+        mean = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        return (mean * snr.clamp(max=5) / snr).mean()
+
+    own = expected(x_0, noise, timesteps, latent_mask)
+    other = expected(of_class, class_noise, class_timesteps, torch.ones(1, 1, 1, 1))
+    assert found.item() == pytest.approx((own + 0.3 * other).item(), rel=1e-5)
+
+
+# What learns, and the files.
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_lora_learns_alone_and_works_elsewhere(layout, folder, model, tmp_path, monkeypatch):
+    kept = {}
+    real = finetune.run
+
+    def watched(denoiser, *arguments, **more):
+        kept["denoiser"] = denoiser
+        kept["before"] = {n: p.detach().clone() for n, p in denoiser.named_parameters()}
+        real(denoiser, *arguments, **more)
+
+    monkeypatch.setattr(finetune, "run", watched)
+    flags = {"train_text_encoder": True, "lora_layout": layout, "lora_alpha": 3, "rank": 4}
+    train_lora(model, folder, tmp_path / "out", **flags)
+    after = dict(kept["denoiser"].named_parameters())
+    learnt = {n for n, p in after.items() if not torch.equal(p, kept["before"][n])}
+    assert learnt == {n for n, p in after.items() if p.requires_grad}
+    assert {name.split(".")[0] for name in learnt} == {"unet", "text_encoder"}
+    assert all("lora_" in name for name in learnt)
+
+    names = {"kohya": "out.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}
+    file = tmp_path / "out" / names[layout]
+    lora = read_lora(file)
+    assert {layer.rank for layer in lora.layers.values()} == {4}
+    assert all(layer.strength == pytest.approx(0.75) for layer in lora.layers.values())
+    stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(tmp_path / "out", weight_name=names[layout])
+    ours = LatentDiffusion.from_pretrained(model)
+    plain = ours.generate("a dot", seed=1, num_inference_steps=2, output_type="np").images
+    ours.load_lora(file)
+    drawn = ours.generate("a dot", seed=1, num_inference_steps=2, output_type="np").images
+    generator = torch.Generator().manual_seed(1)
+    theirs = stock("a dot", generator=generator, num_inference_steps=2, output_type="np").images
+    assert abs(drawn - theirs).max() < 1e-4  # they compute in another order
+    assert abs(drawn - plain).max() > 1e-3
+    noisy, words = torch.ones(1, 4, 4, 4), torch.ones(1, 77).long()
+    trained = kept["denoiser"](noisy, torch.tensor([500]), words)
+    with torch.no_grad():
+        states = stock.text_encoder(words)[0]
+        again = stock.unet(noisy, torch.tensor([500]), states).sample
+    torch.testing.assert_close(trained, again, atol=1e-5, rtol=1e-4)
+
+
+def test_a_fresh_lora_changes_nothing(folder, model, tmp_path):
+    file = train_lora(model, folder, tmp_path / "out", learning_rate=0.0, use_dora=True)
+    pipe = LatentDiffusion.from_pretrained(model)
+    request = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
+    plain = pipe.generate("a dot", **request).images
+    pipe.load_lora(file)
+    assert abs(pipe.generate("a dot", **request).images - plain).max() < 1e-6
+
+
+def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path):
+    file = train_lora(model, folder, tmp_path / "one", seed=5, snr_gamma=5.0, lora_dropout=0.5)
+    with safe_open(file, "pt") as content:
+        header = content.metadata()
+    assert header["ss_network_dim"] == "2"
+    assert header["modelspec.title"] == "one"
+    assert header["modelspec.prediction_type"] == "epsilon"
+    manifest = json.loads(header["latentgen.manifest"])
+    assert manifest["config"]["seed"] == 5
+    assert manifest["versions"].keys() == {"latentgen", "torch", "diffusers", "peft"}
+    start("train_lora", **{"from": file, "output_dir": tmp_path / "two", "output_name": "two"})
+    first, second = load_file(file), load_file(tmp_path / "two" / "two.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (folder / "red.txt").write_text("something else")
+    with pytest.raises(TrainingError, match="the pictures are not those"):
+        start("train_lora", **{"from": file, "output_dir": tmp_path / "three"})
+    save_file({"a": torch.ones(1)}, tmp_path / "strange.safetensors")
+    with pytest.raises(SystemExit):
+        start("train_lora", **{"from": tmp_path / "strange.safetensors", "output_dir": "x"})
+
+
+def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, monkeypatch):
+    groups = {}
+
+    def stop(denoiser, loss, config, *rest, rate_of, **more):
+        state = new_state(denoiser, config, rate_of)
+        for group in state.optimizer.param_groups:
+            groups[group["rate"]] = group
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "run", stop)
+    flags = {
+        "train_text_encoder": True,
+        "learning_rate": 1e-3,
+        "text_encoder_lr": 5e-4,
+        "adam_beta1": 0.7,
+        "adam_weight_decay": 0.2,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(model, folder, tmp_path / "out", **flags)
+    assert groups.keys() == {1.0, 0.5}
+    assert all(g["betas"] == (0.7, 0.999) and g["weight_decay"] == 0.2 for g in groups.values())
+    with pytest.raises(TrainingError, match="nothing_like_it"):
+        train_lora(model, folder, tmp_path / "out", target_modules=["nothing_like_it"])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(TrainingError, match="bitsandbytes"):
+        train_lora(model, folder, tmp_path / "out", use_8bit_adam=True)
+    with pytest.raises(InvalidRequest, match="xformers"):
+        train_lora(model, folder, tmp_path / "x", enable_xformers_memory_efficient_attention=True)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_word_learns_alone(count, folder, model, tmp_path):
+    for file in folder.glob("*.txt"):
+        file.write_text("a dot like <x>")
+    flags = {"placeholder_token": "<x>", "initializer_token": "dot", "num_vectors": count}
+    start(
+        "train_textual_inversion",
+        pretrained_model_name_or_path=model,
+        train_data_dir=folder,
+        output_dir=tmp_path / "word",
+        max_train_steps=3,
+        report_to="none",
+        validation_prompts=["a dot like <x>"],
+        **flags,
+    )
+    values = load_file(tmp_path / "word" / "word.safetensors")
+    assert {name: tuple(value.shape) for name, value in values.items()} == {"<x>": (count, 16)}
+    pipe = LatentDiffusion.from_pretrained(model)
+    vocabulary = pipe.text_encoder.get_input_embeddings().weight.clone()
+    pipe.load_embedding(tmp_path / "word" / "word.safetensors")
+    embeddings = pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(embeddings[: len(vocabulary)], vocabulary)
+    torch.testing.assert_close(embeddings[len(vocabulary) :], values["<x>"])
+    first, last = (Image.open(p) for p in sorted((tmp_path / "word" / "samples").iterdir()))
+    drawn = pipe.generate("a dot like <x>", seed=0).image
+    assert list(drawn.getdata()) == list(last.getdata())  # as the training drew it
+    assert list(first.getdata()) != list(last.getdata())
+
+
+def test_new_embeddings_lie_behind_the_old_ones():
+    base = torch.nn.Embedding(5, 2)
+    words = WordEmbedding(base, torch.tensor([[7.0, 8.0], [9.0, 10.0]]))
+    found = words(torch.tensor([[0, 6, 5, 4]]))
+    assert torch.equal(found[0, 0], base.weight[0])
+    assert found[0, 1:3].tolist() == [[9.0, 10.0], [7.0, 8.0]]
+    found.sum().backward()
+    assert words.learned.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_pivotal_tuning_learns_both(folder, model, tmp_path):
+    for file in folder.glob("*.txt"):
+        file.write_text("a dot like <x>")
+    file = train_lora(model, folder, tmp_path / "out", placeholder_token="<x>", text_encoder_lr=1.0)
+    (vectors,) = load_file(tmp_path / "out" / "embeddings" / "out.safetensors").values()
+    assert vectors.abs().max() > 1  # it moved at its own rate
+    assert read_lora(file).metadata["modelspec.trigger_phrase"] == "<x>"
+
+
+def dreambooth(model: Path, folder: Path, output: Path, **flags: object) -> None:
+    start(
+        "train_dreambooth",
+        pretrained_model_name_or_path=model,
+        instance_data_dir=folder,
+        instance_prompt="sks dot",
+        output_dir=output,
+        max_train_steps=2,
+        train_batch_size=2,
+        report_to="none",
+        **flags,
+    )
+
+
+def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
+    prior = {
+        "with_prior_preservation": True,
+        "class_prompt": "dot",
+        "class_data_dir": tmp_path / "class",
+        "num_class_images": 3,
+        "allow": ["duplicates"],
+    }
+    dreambooth(model, folder, tmp_path / "dry", dry_run=True, **prior)
+    assert "3 pictures of 'dot' would be drawn" in capsys.readouterr().out
+    dreambooth(model, folder, tmp_path / "one", **prior)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert sorted(drawn) == ["0000.png", "0001.png", "0002.png"]
+    (tmp_path / "class" / "0001.png").unlink()  # as if it had been stopped
+    dreambooth(model, folder, tmp_path / "two", **prior)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
+    one, two = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(SystemExit):
+        dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
+    assert "--class_prompt and --class_data_dir" in capsys.readouterr().err
+
+
+def test_dreambooth_with_all_weights_makes_a_model(folder, model, tmp_path):
+    dreambooth(model, folder, tmp_path / "whole", full_weights=True, learning_rate=1e-3)
+    before, after = (LatentDiffusion.from_pretrained(path) for path in (model, tmp_path / "whole"))
+    assert not torch.equal(before.unet.conv_in.weight, after.unet.conv_in.weight)
+    for part in ("vae", "text_encoder"):
+        one, two = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    after.generate("sks dot", num_inference_steps=2)
+
+
+# Killed and continued.
+
+
+class Killed(BaseException):
+    pass
+
+
+def tensors(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / f"{output.name}.safetensors")
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_text_encoder": True, "ema_decay": 0.9}])
+def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
+    flags, folder, model, tmp_path, monkeypatch
+):
+    """At every one of 40 steps, in mid-epoch (six pictures, four a step, two buckets) and in
+    mid-accumulation."""
+    Image.new("RGB", (64, 32), "red").save(folder / "red.png")
+    Image.new("RGB", (64, 32), "blue").save(folder / "blue.png")
+    settings = flags | {
+        "max_train_steps": 40,
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.2,
+        "random_flip": True,
+        "checkpointing_steps": 1,
+        "validation_steps": 1000,
+        "proportion_empty_prompts": 0.3,
+        "resume_from_checkpoint": "latest",
+    }
+    whole = train_lora(model, folder, tmp_path / "whole" / "run", **settings)
+    real = finetune.Task.loss
+    calls = []
+
+    def loss(task, denoiser, batch):
+        calls.append(batch.step)
+        if calls.count(batch.step) == kill_at and batch.step == len(killed):
+            killed.append(batch.step)
+            calls.clear()
+            raise Killed
+        return real(task, denoiser, batch)
+
+    monkeypatch.setattr(finetune.Task, "loss", loss)
+    killed: list[int] = []
+    output = tmp_path / "killed" / "run"
+    while len(killed) < 40:
+        kill_at = 1 + len(killed) % 2  # before the first or the second micro-batch
+        calls.clear()
+        with pytest.raises(Killed):
+            train_lora(model, folder, output, **settings)
+    assert killed == list(range(40))
+    kill_at = 0
+    train_lora(model, folder, output, **settings)
+    expected, found = load_file(whole), tensors(output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_best_checkpoint_stays(folder, model, tmp_path, monkeypatch):
+    losses = iter([5.0, 3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(
+        finetune.Task, "validate", lambda *_: ({"held_out_loss": next(losses)}, None)
+    )
+    flags = {"validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    train_lora(model, folder, tmp_path / "out", **flags)
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-4", "checkpoint-best-2"]
+    assert (tmp_path / "out" / "checkpoint-best-2" / "out.safetensors").is_file()
+    facts = json.loads((tmp_path / "out" / "checkpoint-best-2" / "state.json").read_text())
+    assert facts["held_out_loss"] == 1.0
+
+
+def test_what_is_not_finite_stops_the_run_and_names_the_files(folder, model, tmp_path, monkeypatch):
+    real = finetune.Task.loss
+
+    def loss(task, denoiser, batch):
+        return real(task, denoiser, batch) * (float("nan") if batch.step == 2 else 1)
+
+    monkeypatch.setattr(finetune.Task, "loss", loss)
+    with pytest.raises(TrainingError, match=r"(?s)step 3 is nan.*\.png"):
+        train_lora(model, folder, tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint-2" / "out.safetensors").is_file()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_and_precision(precision, folder, model, tmp_path):
+    flags = {"mixed_precision": precision, "max_train_steps": 2}
+    plain = load_file(train_lora(model, folder, tmp_path / "plain", **flags))
+    thrifty = load_file(
+        train_lora(model, folder, tmp_path / "thrifty", gradient_checkpointing=True, **flags)
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(value, thrifty[name])
+        assert value.dtype == torch.float32
+
+
+def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
+    flags = {"max_train_steps": 3, "gradient_accumulation_steps": 2, "train_text_encoder": True}
+    one = load_file(train_lora(model, folder, tmp_path / "one", train_batch_size=4, **flags))
+    words = ["--train_data_dir", folder, "--pretrained_model_name_or_path", model]
+    words += ["--output_dir", tmp_path / "two", "--train_batch_size", 2, "--rank", 2]
+    words += ["--max_train_steps", 3, "--gradient_accumulation_steps", 2, "--train_text_encoder"]
+    words += ["--learning_rate", 0.01, "--report_to", "none"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` sets it
+    done = subprocess.run(
+        [*launch, str(SCRIPTS / "train_lora.py"), *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "two" / "two.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
