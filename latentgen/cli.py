@@ -70,6 +70,19 @@ Quality = Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, xformers or sliced.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="FILE, FILE:WEIGHT or FILE:TEXT_ENCODER:UNET; several add up.",
+        metavar="FILE[:WEIGHT]",
+        show_default=False,
+    ),
+]
+Embeddings = Annotated[
+    list[Path] | None,
+    typer.Option("--embedding", help="A textual inversion; several.", show_default=False),
+]
 Strength = Annotated[float | None, typer.Option(help="How much to change, 0 to 1.")]
 Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
 Mask = Annotated[
@@ -90,6 +103,8 @@ def _drawing_flags(
     width: Width = None,
     eta: Eta = 0.0,
     guidance_rescale: Rescale = 0.0,
+    lora: Loras = None,
+    embedding: Embeddings = None,
     model: ModelName = DEFAULT_MODEL,
     device: Device = None,
     dtype: Dtype = None,
@@ -154,6 +169,10 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Instead of its own.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture it was made from.")] = None,
     mask_image: Annotated[Path | None, typer.Option(help="The mask it was made with.")] = None,
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="A LoRA it was made with.", show_default=False)
+    ] = None,
+    embedding: Embeddings = None,
     device: Device = None,
     dtype: Dtype = None,
     attention: Attention = None,
@@ -173,18 +192,19 @@ def replay(
                 if pictures[name] is None:
                     hint = f"it was made from another picture; name it: --{_dashed(name)} FILE"
                     raise InvalidRequest(name, None, hint)
-            request = metadata.request_from_record(known, **pictures)
+            request = metadata.request_from_record(known, lora or (), **pictures)
+            _check_loras_are_here(request)
             model = model or _recorded_model(known["model"])
             dtype = dtype or known["settings"].get("dtype")
             attention = attention or known["settings"].get("attention")
         elif (info := metadata.parse_infotext(found.infotext or "")).fields:
-            request, notes = metadata.request_from_infotext(info, **pictures)
+            request, notes = metadata.request_from_infotext(info, lora or (), **pictures)
             notes.append(f"its model, {info.fields.get('Model', 'which it does not name')}")
         else:
             hint = "it carries no settings; pictures of latentgen and of the WebUI do"
             raise InvalidRequest("picture", str(picture), hint)
 
-        result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention)
+        result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention, embedding)
         index, quality = (known["index"], known["quality"]) if known else (0, metadata.QUALITY)
         if not 0 <= index < len(result.images):
             raise InvalidRequest("picture", str(picture), "its record is damaged")
@@ -215,6 +235,8 @@ def evaluate(
     steps: Steps = None,
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
+    lora: Loras = None,
+    embedding: Embeddings = None,
     clip: Annotated[
         str | None,
         typer.Option(help="A CLIP, or a model folder with one.", show_default="the model's own"),
@@ -238,8 +260,8 @@ def evaluate(
         from .request import Request
 
         wanted = read_prompts(prompts)
-        flags = {"scheduler": scheduler, "guidance_scale": guidance_scale}
-        flags["num_inference_steps"] = steps
+        flags: dict[str, Any] = {"scheduler": scheduler, "guidance_scale": guidance_scale}
+        flags |= {"num_inference_steps": steps, "loras": lora or None}
         settings = {name: value for name, value in flags.items() if value is not None}
         found = modelfolder.find(model)
         for entry in wanted.entries:
@@ -270,6 +292,8 @@ def evaluate(
             evaluation = Evaluation(metrics, facts, pictures, wanted.prompts)
         else:
             pipe = LatentDiffusion.from_pretrained(model, device, dtype, attention)
+            for file in embedding or ():
+                pipe.load_embedding(file)
             with Progress(console=console, transient=True) as progress:
                 task = progress.add_task("drawing", total=None)
                 evaluation = run_evaluation(
@@ -325,6 +349,53 @@ def schedulers() -> None:
     )
 
 
+lora_app = typer.Typer(help="Look into LoRA files, and convert them.", no_args_is_help=True)
+app.add_typer(lora_app, name="lora")
+LoraFile = Annotated[
+    Path, typer.Argument(help="A .safetensors file, or a folder of PEFT's.", show_default=False)
+]
+
+
+@lora_app.command()
+def inspect(
+    file: LoraFile,
+    metadata: Annotated[bool, typer.Option("--metadata", help="All of it.")] = False,
+) -> None:
+    """Say what a LoRA holds: layout, parts, ranks, alphas, strength, where it comes from."""
+    with _reporting():
+        from .lora import describe, read_lora
+
+        lora = read_lora(file)
+        for name, value in describe(lora).items():
+            typer.echo(f"{name:15} {value}")
+        for name, value in sorted(lora.metadata.items()) if metadata else ():
+            typer.echo(f"{name} = {value}")
+
+
+@lora_app.command()
+def convert(
+    file: LoraFile,
+    to: Annotated[str, typer.Option(help="kohya, diffusers or peft.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A file; a folder for peft.", show_default=False),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Round to float16 or bfloat16.", show_default="as it is"),
+    ] = None,
+) -> None:
+    """Write a LoRA in another layout, and measure that it still does the same."""
+    with _reporting():
+        from .lora import convert as convert_lora
+
+        difference, largest = convert_lora(file, output, to, dtype)
+        typer.echo(
+            f"{output}: alpha / rank * up @ down differs by {difference:.3g} at most, "
+            f"where its largest entry is {largest:.3g}"
+        )
+
+
 def main() -> None:
     """The console script."""
     warnings.showwarning = _show_warning
@@ -344,6 +415,8 @@ def _draw(
     device: str | None,
     dtype: str | None,
     attention: str | None,
+    lora: list[str] | None,
+    embedding: list[Path] | None,
     grid: bool,
     gif: Path | None,
     quality: int,
@@ -360,7 +433,7 @@ def _draw(
             _check_writable(gif, "gif")
             if gif.suffix.lower() != ".gif":
                 raise InvalidRequest("gif", str(gif), "the name must end in .gif")
-        request = Request(num_inference_steps=steps, **options)
+        request = Request(num_inference_steps=steps, loras=lora or (), **options)
         if output is not None:
             metadata.check_fits(metadata.picture_format(output), request)
             for target in metadata.numbered(output, request.num_images):
@@ -368,7 +441,7 @@ def _draw(
             if grid:
                 _check_writable(_sheet_name(output))
         frames: list[Any] | None = [] if gif is not None else None
-        result = _finish(request, model, device, dtype, attention, frames)
+        result = _finish(request, model, device, dtype, attention, embedding, frames)
         target = output if output is not None else _default_name(result)
         written = result.save(target, quality)
         if grid:
@@ -395,6 +468,7 @@ def _finish(
     device: str | None,
     dtype: str | None,
     attention: str | None,
+    embeddings: list[Path] | None = None,
     frames: list[Any] | None = None,
 ) -> Result:
     """Check everything, load the model, draw with a progress bar; `frames` collects previews."""
@@ -415,6 +489,12 @@ def _finish(
         from latentgen import LatentDiffusion
 
         pipe: LatentDiffusion = LatentDiffusion.from_pretrained(model, device, dtype, attention)
+        for file in embeddings or ():
+            token = pipe.load_embedding(file)
+            if not any(
+                token in text for text in [*request.prompt, *(request.negative_prompt or ())]
+            ):
+                warnings.warn(f"{file} is called {token!r}, which no prompt says", stacklevel=1)
     columns = (
         TextColumn("drawing"),
         BarColumn(),
@@ -439,7 +519,8 @@ def _reporting() -> Iterator[None]:
     except LatentgenError as error:
         text = str(error)
         if isinstance(error, InvalidRequest):
-            flag = {"num_inference_steps": "steps"}.get(error.field, error.field)
+            flags = {"num_inference_steps": "steps", "loras": "lora"}
+            flag = flags.get(error.field, error.field)
             text = text.replace(error.field, _dashed(flag), 1)
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
@@ -497,6 +578,15 @@ def _write_gif(path: Path, frames: list[Any], result: Result) -> None:
         loop=0,
         comment=infotext(result, 0).encode(),
     )
+
+
+def _check_loras_are_here(request: Request) -> None:
+    from .lorafolder import names_there
+
+    for use in request.loras:
+        if use.path is None and use.name not in names_there():
+            hint = "it was made with this LoRA, which is not here; name its file: --lora FILE"
+            raise InvalidRequest("lora", use.name, hint)
 
 
 def _recorded_model(known: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ JSON record of ours with all that is needed to make the picture again bit for bi
     GIF               comment (the infotext alone)
 
 The record holds fingerprints of an input picture and mask, never the pictures: what somebody
-painted over must not travel inside the result.
+painted over must not travel inside the result. Of a LoRA it holds name, weights and SHA-256, and
+never where it was: a picture from elsewhere opens no files here.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
-from . import __version__, schedulers
+from . import __version__, lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image
+from .lorafolder import LoraUse
 from .request import Request
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ QUALITY = 95  # of the formats that lose detail
 _EXIF, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x927C, 0x9286
 _UNICODE = b"UNICODE\0"
 _PICTURES = ("image", "mask_image")
-_NOT_RECORDED = {*_PICTURES, "output_type"}
+_NOT_RECORDED = {*_PICTURES, "output_type", "loras"}  # the LoRAs in their own way
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -156,7 +158,7 @@ def infotext(result: Result, k: int) -> str:
     """The WebUI's description of picture `k`."""
     request = result.request
     j = k // request.num_images
-    lines = [request.prompt[j]]
+    lines = [" ".join([request.prompt[j], *(use.tag for use in request.loras)])]
     if request.negative_prompt and request.negative_prompt[j]:
         lines.append(f"Negative prompt: {request.negative_prompt[j]}")
     values: dict[str, Any] = {"Steps": request.num_inference_steps}
@@ -177,6 +179,8 @@ def infotext(result: Result, k: int) -> str:
         "Model": result.model.name,
         "Denoising strength": request.strength and f"{request.strength:g}",
         "Mask blur": request.mask_blur or None,
+        "Lora hashes": ", ".join(f"{use.name}: {use.webui_hash}" for use in request.loras) or None,
+        "TI hashes": result.settings.get("embeddings"),
         "RNG": "CPU",
         "Version": f"latentgen {__version__}",
     }
@@ -191,6 +195,8 @@ def record(result: Result, k: int, quality: int = QUALITY) -> dict[str, Any]:
         for field in fields(Request)
         if field.name not in _NOT_RECORDED
     }
+    if loras := [_told(use) for use in result.request.loras]:
+        request["loras"] = loras
     pictures = {name: getattr(result.request, name) for name in _PICTURES}
     model = result.model
     return {
@@ -282,15 +288,20 @@ def parse_infotext(text: str) -> Infotext:
     return Infotext("\n".join(prompt).strip(), "\n".join(negative).strip(), known)
 
 
-def request_from_record(known: dict[str, Any], **pictures: Any) -> Request:
+def request_from_record(
+    known: dict[str, Any], loras: Sequence[str | Path] = (), **pictures: Any
+) -> Request:
     """The request that a picture of ours was made from.
 
     Args:
         known: our record.
+        loras: files of the LoRAs that it was made with; others are looked up by their names.
         pictures: `image` and `mask_image`, for a picture that was made from others.
     """
     names = {field.name for field in fields(Request)} - _NOT_RECORDED
-    if strange := sorted(known["request"].keys() - names):
+    settings = {**known["request"]}
+    uses = _recorded_loras(settings.pop("loras", []), loras)
+    if strange := sorted(settings.keys() - names):
         raise InvalidRequest("picture", strange, "its record has fields that none of ours has")
     given = _given(pictures)
     for name in _PICTURES:
@@ -298,19 +309,22 @@ def request_from_record(known: dict[str, Any], **pictures: Any) -> Request:
             raise InvalidRequest(
                 name, given[name], "the picture was not made from one; leave it out"
             )
-    return Request(**known["request"], **given)
+    return Request(**settings, loras=uses, **given)
 
 
-def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, list[str]]:
+def request_from_infotext(
+    info: Infotext, loras: Sequence[str | Path] = (), **pictures: Any
+) -> tuple[Request, list[str]]:
     """The nearest request to a WebUI picture, and what of it cannot be reproduced.
 
     Args:
         info: the infotext, taken apart.
+        loras: files of the LoRAs that its prompt names; others are looked up by their names.
         pictures: `image` and `mask_image`, for a picture that was made from others.
     """
     left = dict(info.fields)
-    notes = []
-    options: dict[str, Any] = {"prompt": info.prompt}
+    prompt, uses, notes = _named_loras(info.prompt, left, loras)
+    options: dict[str, Any] = {"prompt": prompt, "loras": uses}
     if info.negative_prompt:
         options["negative_prompt"] = info.negative_prompt
     for name, (key, kind) in {
@@ -350,7 +364,7 @@ def request_from_infotext(info: Infotext, **pictures: Any) -> tuple[Request, lis
         notes.append("its noise was drawn on a GPU, or by another program")
     for key in ("Model", "Model hash", "Version"):
         left.pop(key, None)
-    if re.search(r"(?<!\\)[(\[<]", info.prompt):
+    if re.search(r"(?<!\\)[(\[<]", prompt):
         notes.append("weights and <...> in its prompt are read as plain text")
     notes += [f"{key}: {value}" for key, value in left.items()]
     return Request(**options, **_given(pictures)), notes
@@ -365,13 +379,61 @@ def differences(known: dict[str, Any], result: Result) -> list[str]:
     for name, now in versions().items():
         if (then := known["versions"].get(name)) != now:
             notes.append(f"{name} was {then}, is {now}")
-    for name, now in result.settings.items():
-        if (then := known["settings"].get(name)) != now:
+    for name in known["settings"] | result.settings:
+        then, now = known["settings"].get(name), result.settings.get(name)
+        if then != now:
             notes.append(f"{name} was {then}, is {now}")
+    before = {lora.get("name"): lora for lora in known["request"].get("loras", [])}
+    for use in result.request.loras:
+        if before.get(use.name) != _told(use):
+            notes.append(f"the LoRA {use.name} is not the one that it was made with")
     for name, then in known["pictures"].items():
         if fingerprint(getattr(result.request, name)) != then:
             notes.append(f"{name} is not the picture that it was made from")
     return notes
+
+
+def _told(use: LoraUse) -> dict[str, Any]:
+    """What the record says of a LoRA."""
+    names = ("name", "weight", "text_encoder_weight", "sha256")
+    return {name: getattr(use, name) for name in names}
+
+
+def _recorded_loras(told: Any, files: Sequence[str | Path]) -> list[LoraUse]:
+    """The LoRAs of a record, each with its file if it is among `files`."""
+    given = lorafolder.resolve([lorafolder.parse([file]) for file in files], {}, "lora")
+    by_hash = {use.sha256: use for use in given}
+    by_name = {use.name: use for use in given}
+    uses = []
+    try:
+        for lora in told:
+            own = by_hash.get(lora["sha256"]) or by_name.get(lora["name"])
+            use = LoraUse(lora["name"], lora["weight"], lora["text_encoder_weight"])
+            uses.append(use if own is None else replace(own, name=use.name).weighing(use))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InvalidRequest("picture", told, "its record is damaged") from error
+    return uses
+
+
+def _named_loras(
+    text: str, left: dict[str, str], files: Sequence[str | Path]
+) -> tuple[str, list[LoraUse], list[str]]:
+    """The prompt without its LoRAs, those of them that are here, and notes about the others."""
+    (prompt,), tags = lorafolder.take_tags([text])
+    told = {}
+    if tags:
+        pairs = (pair.partition(":") for pair in left.pop("Lora hashes", "").split(","))
+        told = {name.strip(): digits.strip() for name, _, digits in pairs}
+    given = lorafolder.resolve([lorafolder.parse([file]) for file in files], {}, "lora")
+    loaded = {use.name: use for use in given}
+    here = loaded.keys() | lorafolder.names_there().keys()
+    notes = [f"the LoRA {tag.name}, which is not here" for tag in tags if tag.name not in here]
+    found = lorafolder.resolve([tag for tag in tags if tag.name in here], loaded)
+    uses = [use for use in found if use.name in {tag.name for tag in tags}]
+    for use in uses:
+        if told.get(use.name, use.webui_hash) != use.webui_hash:
+            notes.append(f"the LoRA {use.name} is not the one that it was made with")
+    return prompt, uses, notes
 
 
 def _given(pictures: dict[str, Any]) -> dict[str, Any]:

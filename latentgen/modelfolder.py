@@ -21,7 +21,17 @@ from typing import Any
 
 from .errors import InvalidRequest
 
-__all__ = ["DEFAULT_MODEL", "Model", "bundled_models", "cached_models", "find", "read_json"]
+__all__ = [
+    "CONVERT",
+    "DEFAULT_MODEL",
+    "PICKLES",
+    "Model",
+    "bundled_models",
+    "cached_models",
+    "file_sha256",
+    "find",
+    "read_json",
+]
 
 _BUNDLED = Path(__file__).parent / "models"
 DEFAULT_MODEL = str(_BUNDLED / "latentgen-icons-128")
@@ -37,8 +47,8 @@ _KINDS = {
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _WEIGHTS = ("vae", "text_encoder", "unet")
 _OWN = ("num_inference_steps", "guidance_scale", "scheduler", "height", "width")
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
-_CONVERT = (
+PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
     "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')` "
     "or look for a .safetensors version"
@@ -98,7 +108,7 @@ class Model:
     def hash(self) -> str | None:
         """The first 10 hex digits of the SHA-256 of `weight_file()`, as the WebUI counts."""
         file = self.weight_file()
-        return None if file is None else _sha256(file, file.stat().st_mtime_ns)[:10]
+        return None if file is None else file_sha256(file)[:10]
 
 
 def find(model: str | Path, revision: str | None = None) -> Model:
@@ -113,8 +123,8 @@ def find(model: str | Path, revision: str | None = None) -> Model:
         InvalidRequest: there is no such model, it is damaged, of another kind, or a pickle.
     """
     path = Path(model).expanduser()
-    if path.suffix.lower() in _PICKLES:
-        raise InvalidRequest("model", str(model), _CONVERT)
+    if path.suffix.lower() in PICKLES:
+        raise InvalidRequest("model", str(model), CONVERT)
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise InvalidRequest("model", str(model), "a checkpoint must be a .safetensors file")
@@ -170,6 +180,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidRequest("model", str(path), "must hold a JSON object")
     return content
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, as hex digits; remembered until the file changes."""
+    return _sha256(file, file.stat().st_mtime_ns)
 
 
 def _from_folder(
@@ -247,8 +262,8 @@ def _fetch_json(hub_id: str, revision: str | None) -> Path:
 def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [file for file in folder.iterdir() if file.suffix.lower() in _PICKLES]
-        hint = _CONVERT if pickles else "its weights are missing: no .safetensors file there"
+        pickles = [file for file in folder.iterdir() if file.suffix.lower() in PICKLES]
+        hint = CONVERT if pickles else "its weights are missing: no .safetensors file there"
         raise InvalidRequest("model", str(pickles[0] if pickles else folder), hint)
     for file in files:
         _check_safetensors(file)

@@ -3,16 +3,16 @@
     request -> tokens -> prompt embeddings -> starting latents -> the denoising loop -> decode
 
 `LatentDiffusion` is a diffusers pipeline (VAE, text encoder, U-Net, scheduler), so loading, saving,
-LoRA, textual inversion and offloading are diffusers'. The drawing is ours: text-to-image,
-image-to-image and inpainting are one method, `_draw`, and differ only in the data they hand to the
-loop in `denoise.py`.
+textual inversion and offloading are diffusers'. The drawing is ours: text-to-image, image-to-image
+and inpainting are one method, `_draw`, and differ only in the data they hand to the loop in
+`denoise.py`. LoRAs are applied by `adapters.py`, which leaves the weights alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,11 +29,14 @@ from diffusers.loaders import (
 from PIL import Image
 from torch import Tensor
 
-from . import images, latents, modelfolder, schedulers
+from . import adapters, images, latents, lorafolder, modelfolder, schedulers
 from .conditioning import MaskBlend, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
+from .embeddings import read_embedding
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
+from .lora import read_lora
+from .lorafolder import LoraUse
 from .modelfolder import DEFAULT_MODEL, Model
 from .request import (
     EditOptions,
@@ -61,7 +64,8 @@ class Result:
         seeds: the seed of each picture; `num_images=1, seed=seeds[k]` starts from the same noise.
         request: the request with all defaults filled in.
         model: what drew them.
-        settings: device, dtype and attention they were drawn with.
+        settings: device, dtype and attention they were drawn with, and the textual inversions that
+            the prompts call, with 12 digits of their hashes.
         seconds: how long it took, loading not counted.
     """
 
@@ -121,7 +125,8 @@ class LatentDiffusion(
     """A Stable Diffusion model, ready to draw.
 
     Make one with `from_pretrained` or `from_single_file`, or from components in memory, which may
-    be of any size. It holds no state between calls: several threads may draw with it at once.
+    be of any size. Drawing leaves no state behind: several threads may draw with it at once, each
+    with LoRAs of its own. `load_lora` and `load_embedding` are for before or between drawings.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -153,6 +158,8 @@ class LatentDiffusion(
         self.register_to_config(requires_safety_checker=False)
         self.attention = "sdpa"
         self.model = self._describe()
+        self._loras: dict[str, tuple[LoraUse, adapters.Adapter]] = {}
+        self._embeddings: dict[str, str] = {}  # token: SHA-256 of its file
 
     # Loading and saving.
 
@@ -267,6 +274,85 @@ class LatentDiffusion(
             sees_mask=self.unet.config.in_channels == 9,
         )
 
+    # LoRAs and textual inversions.
+
+    def load_lora(
+        self,
+        path: str | Path,
+        weight: float = 1.0,
+        *,
+        text_encoder_weight: float | None = None,
+        name: str | None = None,
+    ) -> str:
+        """Load a LoRA for all drawings from now on; several add up.
+
+        Args:
+            path: a `.safetensors` file in kohya's or diffusers' layout, a folder of PEFT's, or the
+                name of a file in the folder of LoRAs.
+            weight: of its U-Net part; a request that names the LoRA may choose others.
+            text_encoder_weight: of its text encoder part; None: the same.
+            name: what requests call it; None: as the file, without its ending.
+
+        Returns:
+            The name.
+
+        Raises:
+            InvalidRequest: it is missing, damaged, made for another model, or the name is taken.
+        """
+        found = lorafolder.parse([path])
+        name = name if name is not None else found.name
+        if name in self._loras:
+            hint = "already loaded; unload_lora it first, or give another name"
+            raise InvalidRequest("name", name, hint)
+        (use,) = lorafolder.resolve([found], {}, "path")
+        of_text = weight if text_encoder_weight is None else text_encoder_weight
+        use = replace(use, name=name).weighing(LoraUse(name, weight, of_text))
+        self._loras[name] = (use, self._fit_lora(use))
+        return name
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Forget a LoRA, or all of them; drawings under way finish with it."""
+        if name is None:
+            self._loras.clear()
+        elif self._loras.pop(name, None) is None:
+            loaded = ", ".join(self._loras) or "none"
+            raise InvalidRequest("name", name, f"not loaded; there are: {loaded}")
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Load a textual inversion: a word for the prompt that stands for vectors of its own.
+
+        Args:
+            path: a `.safetensors` file, of diffusers (`{token: vectors}`) or the WebUI
+                (`emb_params`).
+            token: the word; None: the one in the file, or else the file's name without its ending.
+
+        Returns:
+            The word.
+
+        Raises:
+            InvalidRequest: the file is missing, damaged or for another text encoder, or the
+                tokenizer knows the word already.
+        """
+        file = Path(path).expanduser()
+        token, vectors = read_embedding(file, token)
+        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        if vectors.shape[1] != width:
+            hint = f"made for another model: vectors of {vectors.shape[1]} numbers, not {width}"
+            raise InvalidRequest("path", str(file), hint)
+        words = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]
+        known = self.tokenizer.get_vocab()
+        if taken := [word for word in words if word in known]:
+            hint = "the tokenizer has this word already; choose another one"
+            raise InvalidRequest("token", ", ".join(taken), hint)
+        _quietly(self.load_textual_inversion, {token: vectors}, token=token)
+        self._embeddings[token] = modelfolder.file_sha256(file)
+        return token
+
+    def _fit_lora(self, use: LoraUse) -> adapters.Adapter:
+        assert use.path is not None
+        lora = read_lora(use.path)
+        return adapters.fit(lora, self.unet, self.text_encoder, self._execution_device, use.path)
+
     # Drawing.
 
     def generate(self, prompt, negative_prompt=None, **options: Unpack[Options]) -> Result:
@@ -277,7 +363,7 @@ class LatentDiffusion(
             negative_prompt: what to keep away from: one text, or one for each prompt.
             options: the other fields of `latentgen.request.Request`: num_inference_steps,
                 guidance_scale, scheduler, seed, num_images, height, width, eta, guidance_rescale,
-                output_type.
+                output_type, loras.
 
         Raises:
             InvalidRequest: names the field, its value and what would work.
@@ -329,12 +415,25 @@ class LatentDiffusion(
 
     def draw(self, request: Request) -> Iterator[Step]:
         """`stream`, for a request that is made already."""
-        return self._draw(request.resolve(self.model))
+        loaded = dict(self._loras)
+        resolved = request.resolve(self.model, {name: use for name, (use, _) in loaded.items()})
+        loras = []
+        for use in resolved.loras:
+            own, adapter = loaded.get(use.name, (None, None))
+            if adapter is None or own is None or own.sha256 != use.sha256:
+                adapter = self._fit_lora(use)
+            loras.append((use, adapter))
+        return self._draw(resolved, loras)
 
-    def _draw(self, request: ResolvedRequest) -> Iterator[Step]:
+    def _draw(
+        self, request: ResolvedRequest, loras: list[tuple[LoraUse, adapters.Adapter]]
+    ) -> Iterator[Step]:
         started = time.perf_counter()
         generators = latents.make_generators(request.seeds)
-        embeds, guidance_scale, unet_kwargs = self._encode_prompts(request)
+        of_text = adapters.weighted((a.text_encoder, use.text_encoder_weight) for use, a in loras)
+        with adapters.applied(of_text):
+            embeds, guidance_scale, unet_kwargs = self._encode_prompts(request)
+        unet = adapters.adapted(self.unet, adapters.weighted((a.unet, u.weight) for u, a in loras))
         scheduler = schedulers.create(request.scheduler, self._scheduler_config())
         timesteps = schedulers.plan(
             scheduler,
@@ -346,7 +445,7 @@ class LatentDiffusion(
         start, extra_channels, blend = self._start(request, scheduler, timesteps, generators)
 
         for step in denoise(
-            self.unet,
+            unet,
             scheduler,
             timesteps,
             start,
@@ -366,6 +465,7 @@ class LatentDiffusion(
                     "device": self._execution_device.type,
                     "dtype": str(self.unet.dtype).removeprefix("torch."),
                     "attention": self.attention,
+                    **self._embeddings_in(request),
                 }
                 result = Result(finished, request.seeds, request, self.model, settings, seconds)
                 self.maybe_free_model_hooks()
@@ -395,9 +495,22 @@ class LatentDiffusion(
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded."""
+        # Somebody may have used diffusers' own load_textual_inversion, so ask the tokenizer.
         if any(name.endswith("_1") for name in self.tokenizer.added_tokens_encoder):
             return self.maybe_convert_prompt(text, self.tokenizer)
         return text
+
+    def _embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:
+        """The textual inversions that the prompts call, as the WebUI writes them."""
+        texts = [*request.prompt, *(request.negative_prompt or ())]
+        called = {
+            token: sha256[:12]
+            for token, sha256 in self._embeddings.items()
+            if any(token in text for text in texts)
+        }
+        if not called:
+            return {}
+        return {"embeddings": ", ".join(f"{token}: {digits}" for token, digits in called.items())}
 
     @torch.inference_mode()
     def _start(self, request: ResolvedRequest, scheduler, timesteps: Tensor, generators):

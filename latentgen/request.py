@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
-from . import schedulers
+from . import lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image, load_mask
+from .lorafolder import LoraUse
 from .modelfolder import Model
 
 __all__ = [
@@ -53,6 +54,7 @@ class Options(TypedDict, total=False):
     eta: float
     guidance_rescale: float
     output_type: str
+    loras: Sequence[Any]
 
 
 class EditOptions(Options, total=False):
@@ -82,7 +84,7 @@ class Request:
     """One call of the pipeline; the names are diffusers'.
 
     Attributes:
-        prompt: one text, or a list of texts.
+        prompt: one text, or a list of texts; `<lora:name:0.8>` is taken out and joins `loras`.
         negative_prompt: what to keep away from: one text for all, or one for each prompt.
         num_inference_steps: length of the schedule, before `strength`; 1 to 1000.
         guidance_scale: how strongly to follow the prompt; 1 = not at all guided.
@@ -93,6 +95,8 @@ class Request:
         eta: 0 to 1, DDIM's randomness (arXiv 2010.02502); for ddim and tcd.
         guidance_rescale: 0 to 1, arXiv 2305.08891, section 3.4.
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
+        loras: files or names of LoRAs, perhaps with weights: "style.safetensors:0.8"; all that
+            `latentgen.lorafolder.parse` understands. They add up with those of `load_lora`.
         image: the picture to start from, for img2img and inpainting.
         mask_image: white = repaint; needs `image` and makes it inpainting.
         strength: 0 to 1, how much of the schedule to run: `int(num_inference_steps * strength)`.
@@ -111,24 +115,29 @@ class Request:
     eta: float = 0.0
     guidance_rescale: float = 0.0
     output_type: str = "pil"
+    loras: Sequence[Any] = ()
     image: Any = field(default=None, repr=False)
     mask_image: Any = field(default=None, repr=False)
     strength: float | None = None
     mask_blur: int = 0
 
     def __post_init__(self) -> None:
-        prompts = _texts("prompt", self.prompt)
+        prompts, tags = lorafolder.take_tags(_texts("prompt", self.prompt))
         if not prompts or not all(text.strip() for text in prompts):
             raise InvalidRequest(
                 "prompt", self.prompt, "say what to draw, for example 'a red apple'"
             )
         self._set("prompt", prompts)
+        self._take_loras(tags)
         if self.negative_prompt is not None:
             negatives = _texts("negative_prompt", self.negative_prompt)
             if isinstance(self.negative_prompt, str):
                 negatives = negatives * len(prompts)
             if len(negatives) != len(prompts):
                 hint = f"one text, or as many as there are prompts ({len(prompts)})"
+                raise InvalidRequest("negative_prompt", self.negative_prompt, hint)
+            if any("<lora:" in text for text in negatives):
+                hint = "<lora:...> belongs into the prompt, perhaps with a weight below 0"
                 raise InvalidRequest("negative_prompt", self.negative_prompt, hint)
             self._set("negative_prompt", negatives)
 
@@ -157,6 +166,16 @@ class Request:
             self._set("scheduler", str(name))
         self._take_pictures()
 
+    def _take_loras(self, tags: Sequence[LoraUse]) -> None:
+        given = self.loras
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise InvalidRequest("loras", given, "a list, like ['style.safetensors:0.8']")
+        uses = (*map(lorafolder.parse, given), *tags)
+        names = [use.name for use in uses]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InvalidRequest("loras", ", ".join(twice), "named twice in one request")
+        self._set("loras", uses)
+
     def _take_pictures(self) -> None:
         if self.image is None:
             for name in ("mask_image", "strength"):
@@ -174,17 +193,22 @@ class Request:
             size = f"{self.mask_image.width} x {self.mask_image.height}"
             raise InvalidRequest("mask_image", size, hint)
 
-    def resolve(self, model: Model) -> ResolvedRequest:
+    def resolve(
+        self, model: Model, loaded_loras: Mapping[str, LoraUse] | None = None
+    ) -> ResolvedRequest:
         """The same request with every open question answered for `model`.
 
+        Args:
+            loaded_loras: by name, those that every drawing has.
+
         Raises:
-            InvalidRequest: a size that the VAE's factor does not divide, or a strength that leaves
-                no step to run.
+            InvalidRequest: a size that the VAE's factor does not divide, a strength that leaves no
+                step to run, or a LoRA that is found nowhere.
         """
         if model.sees_mask and self.mode != "inpaint":
             hint = "an inpainting model (nine input channels): give an image and a mask_image"
             raise InvalidRequest("model", model.name, hint)
-        chosen: dict[str, Any] = {}
+        chosen: dict[str, Any] = {"loras": lorafolder.resolve(self.loras, loaded_loras or {})}
         for name in ("num_inference_steps", "guidance_scale", "scheduler"):
             if getattr(self, name) is None:
                 chosen[name] = getattr(model, name)
@@ -272,6 +296,7 @@ class ResolvedRequest(Request):
     seed: int
     height: int
     width: int
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def steps_run(self) -> int:

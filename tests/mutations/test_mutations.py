@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARITY = "parity/test_against_diffusers.py::"
 TRAINING = "unit/test_training.py::"
+LORA = "unit/test_lora.py::"
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ TABLE = [
              '"v_prediction": snr + 1,', '"v_prediction": snr,',
              TRAINING + "test_min_snr_weight_by_hand"),
     Mutation("the rows' mean before their weights", "training/objective",
-             ".flatten(1).mean(1)  # (B,)\n    if", ".mean()  # (B,)\n    if",
+             "weight.flatten(1).sum(1)  # (B,)", "weight.sum()  # (B,)",
              TRAINING + "test_loss_weighs_each_row"),
     Mutation("the second half of a batch sees the first's noise", "training/data",
              "torch.randn((self._total, *shape), generator=self._generator)[self._places]",
@@ -250,6 +251,44 @@ TABLE = [
              "others = ~torch.eye(each, dtype=torch.bool)",
              "others = torch.ones((each, each), dtype=torch.bool)",
              "unit/test_evaluate.py::test_diversity_is"),
+    Mutation("a LoRA as strong as its alpha", "lora", "return self.alpha / self.rank",
+             "return self.alpha", LORA + "test_pictures_are_those_of_weights"),
+    Mutation("no alpha means 1, not the rank", "lora", "return float(rank)", "return 1.0",
+             LORA + "test_without_an_alpha"),
+    Mutation("one alpha for all layers", "lora", "alpha = own\n", "pass\n",
+             LORA + "test_every_layout"),
+    Mutation("the square root of rs-LoRA is forgotten", "lora",
+             "module.scaling[adapter] * down.shape[0]",
+             "module.lora_alpha[adapter]", LORA + "test_what_peft_trains"),
+    Mutation("hash the header too", "lora", "data[behind_header:]", "data",
+             LORA + "test_the_header_has"),
+    Mutation("a flat name cut at every underscore", "lora",
+             '*("conv_in", "conv_out", "conv_shortcut", ',
+             '*("conv_out", "conv_shortcut", ', LORA + "test_kohyas_flat_names"),
+    Mutation("a LoRA stays when the call is over", "adapters", "_applied.reset(token)", "pass",
+             LORA + "test_streams_that_alternate"),
+    Mutation("all threads see one LoRA", "adapters",
+             'ContextVar("applied", default={})',
+             'type("Shared", (), {"now": {}, "get": lambda self: self.now, "set": lambda self, '
+             'now: setattr(self, "now", now), "reset": lambda self, _: None})()',
+             LORA + "test_threads_with"),
+    Mutation("two hooks on a module", "adapters",
+             "if _add_changes not in module._forward_hooks.values():", "if True:",
+             LORA + "test_without_a_lora_there"),
+    Mutation("DoRA stretches the bias", "adapters", "if module.bias is not None:", "if False:",
+             LORA + "test_pictures_are_those_of_weights"),
+    Mutation("DoRA of columns as of rows", "adapters",
+             "rows = changed.transpose(0, 1) if layer.magnitude.ndim == 2 else changed",
+             "rows = changed", LORA + "test_dora_of_columns"),
+    Mutation("the text encoder's part is left out", "pipeline",
+             "with adapters.applied(of_text):", "with adapters.applied({}):",
+             LORA + "test_pictures_are_those_of_stock"),
+    Mutation("a tag's weights change places", "lorafolder",
+             'text_encoder, unet = (weights[0], weights[-1]) if weights else ("1", "1")',
+             'unet, text_encoder = (weights[0], weights[-1]) if weights else ("1", "1")',
+             LORA + "test_a_tag_says"),
+    Mutation("another LoRA is not told", "metadata", "if before.get(use.name) != _told(use):",
+             "if False:", LORA + "test_another_or_a_missing"),
 ]  # fmt: skip
 
 
