@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path("data/icons"))
     parser.add_argument("--output_dir", type=Path, default=Path("data/examples"))
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    for name in ("style", "style_real", "mascot", "subject"):
+        shutil.rmtree(arguments.output_dir / name, ignore_errors=True)
     draw_mascot(arguments.output_dir / "mascot")
     held_out = arguments.data_dir / "held_out"
     if held_out.is_dir():

@@ -12,14 +12,10 @@ With prior preservation, the model keeps what the class looks like: it draws pic
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from accelerate import PartialState
-
-from latentgen.pipeline import LatentDiffusion
-from latentgen.training.config import flag, parse_config
+from latentgen.training.config import flag, needs, parse_config
 from latentgen.training.finetune import fine_tune
-from latentgen.training.lesson import find_model, read_pictures
+from latentgen.training.lesson import Prior
 from latentgen.training.methods import LoraConfigFlags, lora_method, whole_method
-from latentgen.training.pictures import Picture, check_pictures, picture_files
 from latentgen.training.run import main
 
 
@@ -48,52 +44,31 @@ class DreamBoothConfig(LoraConfigFlags):
                 "with_prior_preservation needs --class_prompt and --class_data_dir, a folder for "
                 "the pictures that the model draws of it"
             )
-        if not self.with_prior_preservation and needed != (None, None):
-            raise ValueError("class_prompt and class_data_dir go with --with_prior_preservation")
+        names = ["class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"]
+        needs(self, names, self.with_prior_preservation, "--with_prior_preservation")
+        if self.num_class_images < 1:
+            raise ValueError(f"num_class_images: {self.num_class_images}; use 1 or more")
+        names = ["rank", "lora_alpha", "lora_dropout", "target_modules", "lora_layout"]
+        names += ["use_dora", "use_rslora", "text_encoder_lr"]
+        needs(self, names, not self.full_weights, "a LoRA (it says --full_weights)")
+        needs(self, ["shuffle_caption"], False, "captions: all pictures have --instance_prompt")
 
 
 def train_dreambooth() -> None:
     config = parse_config(DreamBoothConfig, __doc__.split("\n")[0])
-    instances = [
-        replace(picture, captions=(config.instance_prompt,)) for picture in read_pictures(config)
-    ]
-    check_pictures(instances, allow=config.allow)  # before the class is drawn
     if config.full_weights:
         method = whole_method(config.train_text_encoder)
     else:
         method = lora_method(config, trigger_phrase=config.instance_prompt)
-    fine_tune(config, method, instances + class_pictures(config))
-
-
-def class_pictures(config: DreamBoothConfig) -> list[Picture]:
-    """The pictures of the class; those that are missing are drawn, unless this is a dry run."""
-    if not config.with_prior_preservation:
-        return []
-    folder, prompt = config.class_data_dir, config.class_prompt
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = config.num_class_images - len(picture_files(folder))
-    if config.dry_run and missing > 0:
-        print(f"{missing} pictures of {prompt!r} would be drawn into {folder}")
-    elif missing > 0:
-        state = PartialState()
-        if state.is_main_process:
-            draw_class_pictures(config)
-        state.wait_for_everyone()
-    return [Picture(file, (prompt,), is_reg=True) for file in picture_files(folder)]
-
-
-def draw_class_pictures(config: DreamBoothConfig) -> None:
-    """Picture i is drawn from seed i, so that a run that was stopped draws the missing ones."""
-    found = find_model(config)
-    pipe = LatentDiffusion.from_pretrained(found.hub_id or found.path, revision=config.revision)
-    for seed in range(config.num_class_images):
-        file = config.class_data_dir / f"{seed:04d}.png"
-        if len(picture_files(config.class_data_dir)) >= config.num_class_images:
-            break
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            pipe.generate(config.class_prompt, seed=seed).image.save(partial, "PNG")
-            partial.replace(file)
+    prior = None
+    if config.with_prior_preservation:
+        prior = Prior(config.class_data_dir, config.class_prompt, config.num_class_images)
+    fine_tune(
+        config,
+        method,
+        lambda picture: replace(picture, captions=(config.instance_prompt,)),
+        prior,
+    )
 
 
 if __name__ == "__main__":

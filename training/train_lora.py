@@ -7,18 +7,17 @@ program that reads LoRAs. With `--placeholder_token` a new word learns at the sa
 tuning); its file lies in the folder `embeddings` beside it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from latentgen.training.config import parse_config
 from latentgen.training.finetune import fine_tune
-from latentgen.training.lesson import read_pictures
 from latentgen.training.methods import (
     LoraConfigFlags,
     WordFlags,
     both,
     lora_method,
+    saying_word,
     word_method,
-    written_out,
 )
 from latentgen.training.run import main
 
@@ -30,22 +29,12 @@ class TrainLoraConfig(LoraConfigFlags, WordFlags):
 
 def train_lora() -> None:
     config = parse_config(TrainLoraConfig, __doc__.split("\n")[0])
-    pictures = read_pictures(config)
-    token = config.placeholder_token
-    if token is None:
-        fine_tune(config, lora_method(config), pictures)
-        return
-    pictures = [
-        replace(
-            picture,
-            captions=tuple(
-                written_out(caption, token, config.num_vectors) for caption in picture.captions
-            ),
-        )
-        for picture in pictures
-    ]
-    method = both(lora_method(config, trigger_phrase=token), word_method(config), "embeddings")
-    fine_tune(config, method, pictures)
+    if config.placeholder_token is None:
+        fine_tune(config, lora_method(config))
+    else:
+        lora = lora_method(config, trigger_phrase=config.placeholder_token)
+        method = both(lora, word_method(config, config.embedding_lr), "embeddings")
+        fine_tune(config, method, lambda picture: saying_word(picture, config))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ those of TEMPLATES.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from latentgen.errors import DataError
-from latentgen.training.config import flag, parse_config
+from latentgen.training.config import flag, needs, parse_config
 from latentgen.training.finetune import fine_tune
-from latentgen.training.lesson import read_pictures
-from latentgen.training.methods import WordFlags, word_method, written_out
+from latentgen.training.methods import WordFlags, saying_word, word_method
+from latentgen.training.pictures import Picture
 from latentgen.training.run import main
 
 TEMPLATES = {
@@ -28,27 +27,26 @@ TEMPLATES = {
 class TextualInversionConfig(WordFlags):
     """All that can be said about such a run."""
 
-    learnable_property: Literal["object", "style"] = flag("object", help="what the word means")
     learning_rate: float = flag(5e-3, help="its highest value")
+    learnable_property: Literal["object", "style"] = flag("object", help="what the word means")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        needs(self, ["embedding_lr"], False, "a LoRA; here it is --learning_rate")
         if self.placeholder_token is None:
             raise ValueError('placeholder_token: name the new word, for example "<robot>"')
 
 
 def train_textual_inversion() -> None:
     config = parse_config(TextualInversionConfig, __doc__.split("\n")[0])
-    token = config.placeholder_token
-    templates = [template.format(token) for template in TEMPLATES[config.learnable_property]]
-    pictures = []
-    for picture in read_pictures(config):
-        captions = list(picture.captions) or templates
-        if silent := [caption for caption in captions if token not in caption]:
-            raise DataError(f"{picture.file}: its caption does not hold {token}: {silent[0]!r}")
-        written = tuple(written_out(caption, token, config.num_vectors) for caption in captions)
-        pictures.append(replace(picture, captions=written))
-    fine_tune(config, word_method(config), pictures)
+    templates = TEMPLATES[config.learnable_property]
+    usual = tuple(template.format(config.placeholder_token) for template in templates)
+
+    def prepare(picture: Picture) -> Picture:
+        captions = picture.captions if picture.captions else usual
+        return saying_word(replace(picture, captions=captions), config)
+
+    fine_tune(config, word_method(config, config.learning_rate), prepare)
 
 
 if __name__ == "__main__":

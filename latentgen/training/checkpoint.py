@@ -40,7 +40,7 @@ def save_checkpoint(
     step before reached, write `checkpoint-best-<step>`, then drop the best before.
 
     `data` is the data's fingerprint; `export` puts the result so far (of the averaged weights),
-    ready for use, into the checkpoint's folder.
+    ready for use, into the checkpoint's folder `result`.
     """
     prefix = PREFIX if best is None else BEST
     final = config.output_dir / f"{prefix}{state.step}"
@@ -60,11 +60,15 @@ def save_checkpoint(
     hashes = {}
     for part, tensors in parts.items():
         file = partial / f"{part}.safetensors"
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
+        # copies: 8-bit optimizers share tables between parameters, which files cannot hold
+        own = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+        save_file(own, file)
         hashes[file.name] = _sha256(file)
     if export is not None:
+        result = partial / "result"
+        result.mkdir()
         with averaged(state):
-            export(partial)
+            export(result)
     facts = {
         "step": state.step,
         "held_out_loss": best,
@@ -159,8 +163,10 @@ def load_checkpoint(
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         # the moments keep the parameter's memory layout: fused kernels walk both side by side
-        like = torch.empty_like(parameter) if value.shape == parameter.shape else value.clone()
-        state.optimizer.state[parameter][name] = like.copy_(value)
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        whole_number = value.dtype == torch.int64 and value.dim() == 0
+        state.optimizer.state[parameter][name] = int(value) if whole_number else value
     if accelerator.scaler is not None and facts["scaler"] is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
 

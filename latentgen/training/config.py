@@ -7,7 +7,7 @@ trains, it adds in a dataclass of its own.
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,11 +48,11 @@ class RunConfig:
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", help="muon: AdamW, but orthogonal steps for hidden layers; for training from zero"
     )
-    use_8bit_adam: bool = flag(False, help="AdamW with an eighth of the memory; bitsandbytes")
+    use_8bit_adam: bool = flag(False, help="AdamW in a quarter of the memory; bitsandbytes")
     adam_beta1: float = flag(0.9, help="AdamW: memory of the mean gradient")
     adam_beta2: float = flag(0.99, help="AdamW: memory of its square")
     adam_weight_decay: float = flag(0.01, help="AdamW: weight decay")
-    max_grad_norm: float = flag(1.0, help="gradients longer than this are scaled down")
+    max_grad_norm: float = flag(1.0, help="gradients longer than this are scaled down; 0: never")
     ema_decay: float = flag(0.999, help="of the averaged weights, which are the result")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, help="default: what `accelerate launch` says"
@@ -72,6 +72,12 @@ class RunConfig:
             _at_least(self, name, 1)
         for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
             _at_least(self, name, 1)
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError("use_8bit_adam goes with --optimizer adamw")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate: {self.learning_rate}; use more than 0")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm: {self.max_grad_norm}; use 0 (never) or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0 means no average")
 
@@ -106,6 +112,19 @@ FREE_TO_CHANGE = frozenset(
         "dry_run",
         "expect_data",
         "expect_model",
+        "expect_processes",
+        "validation_prompts",
+        "output_name",
+        "lora_layout",
+        # where the pictures are; what they are is compared by their fingerprint
+        "train_data_dir",
+        "metadata_file",
+        "validation_data_dir",
+        "mask_data_dir",
+        "dataset_config",
+        "dataset_name",
+        "instance_data_dir",
+        "class_data_dir",
     }
 )
 
@@ -131,10 +150,11 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
         )
         if files.repeat is not None:
             words += _words(_manifest_flags(files.repeat, known, parser))
-    if files.dataset_config is not None and "dataset_config" in known:
-        words += _words(kohya_flags(files.dataset_config))
-    if files.config is not None:
-        words += _words(_yaml_flags(files.config, parser))
+    settings = {} if files.config is None else _yaml_flags(files.config, parser)
+    listing = files.dataset_config or settings.get("dataset_config")
+    if listing is not None and "dataset_config" in known:
+        words += _words(kohya_flags(Path(listing)))
+    words += _words(settings)
     argv = [*words, *argv]
     namespace = vars(parser.parse_args(argv))
     del namespace["config"]
@@ -168,14 +188,22 @@ def _yaml_flags(file: Path, parser: HfArgumentParser) -> dict[str, Any]:
 def _manifest_flags(file: Path, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
     """The settings of the run that made a file, and the hashes of what it read."""
     try:
-        with safe_open(file, "pt") as content:
-            manifest = json.loads((content.metadata() or {})[MANIFEST])
+        if file.suffix == ".json":
+            manifest = json.loads(file.read_text("utf-8"))
+        else:
+            with safe_open(file, "pt") as content:
+                manifest = json.loads((content.metadata() or {})[MANIFEST])
+        config, hashes = manifest["config"], (manifest["data"], manifest["model"])
+        processes = manifest["processes"]
     except (OSError, SafetensorError, KeyError, ValueError):
         parser.error(f"--from {file}: it is no file of ours that tells how it was made")
-    config = {name: value for name, value in manifest["config"].items() if name in known}
+    if unknown := sorted(config.keys() - known):
+        parser.error(f"--from {file}: {unknown} are no flags of this script")
     for once in ("output_dir", "resume_from_checkpoint", "dry_run"):
         config.pop(once, None)
-    config |= {"expect_data": manifest["data"], "expect_model": manifest["model"]}
+    if "instance_data_dir" in config:
+        config.pop("train_data_dir", None)  # the same folder
+    config |= {"expect_data": hashes[0], "expect_model": hashes[1], "expect_processes": processes}
     return {name: value for name, value in config.items() if value is not None}
 
 
@@ -186,6 +214,19 @@ def _words(settings: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *(str(one) for one in values)] if values else []
     return words
+
+
+def needs(config: RunConfig, names: list[str], condition: bool, what: str) -> None:
+    """Refuse settings that would have no effect: those of `names` need `condition`."""
+    if condition:
+        return
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in fields(config)
+    }
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name} has no effect without {what}")
 
 
 def _at_least(config: RunConfig, name: str, least: int) -> None:

@@ -80,6 +80,8 @@ def cached(output_dir: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         save_file({"values": make().contiguous()}, partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(partial, file)
     return load_file(file)["values"]
 

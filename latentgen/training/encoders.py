@@ -26,15 +26,18 @@ class Encoders:
         tokenizer: CLIPTokenizer,
     ) -> None:
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
-        self.vae_key, self.text_key = weights_key(vae), weights_key(text_encoder)
+        self._shift = getattr(vae.config, "shift_factor", None) or 0.0
+        self._scale = vae.config.scaling_factor
+        self.vae_key = f"{weights_key(vae)} {self._shift} {self._scale}"
+        self.text_key = weights_key(text_encoder)
+        self.keys = (self.vae_key, self.text_key)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) bytes to latents, (B, C, H/8, W/8), scaled as the pipelines expect them."""
         encoded = self.vae.encode(to_signal(pixels).to(self.vae.device, self.vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return ((latents - shift) * self.vae.config.scaling_factor).float().cpu()
+        return ((latents - self._shift) * self._scale).float().cpu()
 
     def token_ids(self, texts: list[str]) -> Tensor:
         """Padded to full length and cut there, as the pipelines do it: (N, 77)."""

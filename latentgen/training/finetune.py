@@ -16,29 +16,40 @@ import diffusers
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DConditionModel
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import latentgen
-from latentgen.errors import TrainingError
-from latentgen.images import contact_sheet, load_mask
+from latentgen.errors import DataError, TrainingError
+from latentgen.images import contact_sheet
 from latentgen.modelfolder import Model
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.buckets import Size
+from latentgen.training.checkpoint import resolve_checkpoint
 from latentgen.training.config import as_json
 from latentgen.training.data import Batch, cached, pixel_batches, step_generator
 from latentgen.training.encoders import Captions, Encoders
-from latentgen.training.lesson import FineTuneConfig, Lesson, find_model, read_pictures, unet_config
+from latentgen.training.lesson import (
+    FineTuneConfig,
+    Lesson,
+    Prior,
+    find_model,
+    fitted_mask,
+    read_pictures,
+    unet_config,
+)
 from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
-from latentgen.training.pictures import Picture
+from latentgen.training.pictures import Picture, read_folder
 from latentgen.training.preflight import duration, forecast
 from latentgen.training.run import run, start
 
 MEASURED = 16  # pictures that the fixed-noise loss looks at, each at FRACTIONS of the schedule
 FRACTIONS = (0.1, 0.35, 0.6, 0.85)
+ENCODED = 512 * 512  # pixels that the autoencoder sees at once
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,13 @@ class Method:
         adapt: (unet, text_encoder, tokenizer): put in the weights that learn; all others are
             frozen already. It is called once on a model without memory, to count.
         export: (model, folder, manifest): write what was learnt, ready for use.
+        rate_of: the share of the learning rate that the weight of a name gets.
         whole: the U-Net's own weights learn, so they must be loaded in full precision.
     """
 
     adapt: Callable[[nn.Module, nn.Module, CLIPTokenizer], None]
     export: Callable[[LatentDiffusion, Path, dict[str, Any]], None]
+    rate_of: Callable[[str], float] = lambda name: 1.0
     whole: bool = False
 
 
@@ -73,53 +86,102 @@ class Denoiser(nn.Module):
 
 
 def fine_tune(
-    config: FineTuneConfig, method: Method, pictures: list[Picture] | None = None
+    config: FineTuneConfig,
+    method: Method,
+    prepare: Callable[[Picture], Picture] = lambda picture: picture,
+    prior: Prior | None = None,
 ) -> None:
-    """Check, tell, train, export. `pictures`: instead of those that the settings name.
+    """Check, tell, train, export.
 
-    Raises DataError and InvalidRequest before any weights are read, TrainingError later.
+    Args:
+        prepare: gives a picture the captions that it is trained with.
+        prior: pictures of the class to train on as well; those that are missing are drawn.
+
+    Raises:
+        DataError, InvalidRequest: before any weights are read.
+        TrainingError: later.
     """
     found = find_model(config)
-    tokenizer = _tokenizer(found)
-    pictures = read_pictures(config) if pictures is None else pictures
-    lesson = Lesson(config, found, pictures, tokenizer)
-    _expect("the pictures", config.expect_data, lesson.fingerprint)
-    _expect("the model", config.expect_model, found.hash())
-    main_process = os.environ.get("RANK", "0") == "0"
-    if main_process:
+    resolve_checkpoint(config)
+    tokenizer = load_tokenizer(found)
+    empty = _without_memory(config, method, found, tokenizer)
+    pictures = [prepare(picture) for picture in read_pictures(config)]
+    unseen = None
+    if config.validation_data_dir is not None:
+        unseen = [prepare(picture) for picture in read_folder(config.validation_data_dir)]
+    lesson = Lesson(config, found, tokenizer, pictures, unseen)
+    if prior is None:
+        _expect("the pictures", config.expect_data, lesson.fingerprint)
+    elif drawn := prior.pictures():
+        lesson.add_class(drawn)
+    count_steps(config, lesson)
+    if os.environ.get("RANK", "0") == "0":
         print(lesson.describe(), flush=True)
-    plan = _plan(config, method, found, lesson)
-    if main_process:
-        print(plan, flush=True)
+        print(_cost(config, empty, lesson, found, prior), flush=True)
     if config.dry_run:
         return
 
     accelerator = start(config)
-    dtype = _weight_dtype(accelerator, method)
-    pipe = _load(config, accelerator.device, dtype)
+    _expect("the processes", config.expect_processes, accelerator.num_processes)
+    pipe = _load(config, found, accelerator, method)
+    _expect("the model", config.expect_model, found.hash())
+    if prior is not None:
+        if accelerator.is_main_process:
+            draw_class(pipe, prior)
+        accelerator.wait_for_everyone()
+        lesson = Lesson(config, found, tokenizer, pictures, unseen)
+        lesson.add_class(prior.pictures())
+        _expect("the pictures", config.expect_data, lesson.fingerprint)
     denoiser = _adapted(method, pipe.unet, pipe.text_encoder, pipe.tokenizer)
+    if config.gradient_checkpointing and denoiser.text_encoder is not None:
+        pipe.text_encoder.gradient_checkpointing_enable()
     task = Task(config, pipe, denoiser, lesson, accelerator)
     manifest = {
         "config": as_json(config),
         "data": lesson.fingerprint,
         "model": found.hash(),
+        "processes": accelerator.num_processes,
         "versions": {m.__name__: m.__version__ for m in (latentgen, torch, diffusers, peft)},
     }
-    rate = 1.0 if config.text_encoder_lr is None else config.text_encoder_lr / config.learning_rate
     run(
         denoiser,
         task.loss,
         config,
         accelerator,
         lesson.instances,
-        f"{lesson.fingerprint} {task.encoders.vae_key} {task.encoders.text_key}",
+        " ".join([lesson.fingerprint, str(found.hash()), *task.encoders.keys]),
         task.validate,
         groups=lesson.groups(),
-        rate_of=lambda name: rate if name.startswith("text_encoder.") else 1.0,
+        rate_of=method.rate_of,
         export=lambda folder: method.export(pipe, folder, manifest),
     )
     if accelerator.is_main_process:
         method.export(pipe, config.output_dir, manifest)
+
+
+def count_steps(config: FineTuneConfig, lesson: Lesson) -> None:
+    """Turn epochs, if they were asked for, into steps."""
+    if config.num_train_epochs is not None:
+        shown = config.num_train_epochs * lesson.epoch()
+        config.max_train_steps = -(-shown // _pictures_a_step(config))
+        config.num_train_epochs = None
+
+
+def draw_class(pipe: LatentDiffusion, prior: Prior) -> None:
+    """Draw what is missing of the class. Picture i is drawn from seed i, so that a run which was
+    stopped goes on with the same ones."""
+    prior.folder.mkdir(parents=True, exist_ok=True)
+    note = prior.folder / "prompt.txt"
+    if note.exists() and note.read_text("utf-8") != prior.prompt:
+        raise DataError(f"{prior.folder} holds pictures of {note.read_text('utf-8')!r}")
+    note.write_text(prior.prompt, "utf-8")
+    files = [prior.folder / f"{seed:04d}.png" for seed in range(prior.count)]
+    missing = [file for file in files if not file.exists()]
+    there = len(prior.pictures())
+    for file in missing[: max(0, prior.count - there)]:
+        partial = file.with_suffix(".partial")
+        pipe.generate(prior.prompt, seed=int(file.stem)).image.save(partial, "PNG")
+        partial.replace(file)
 
 
 class Task:
@@ -133,7 +195,7 @@ class Task:
         lesson: Lesson,
         accelerator: Accelerator,
     ) -> None:
-        self.config, self.pipe, self.lesson = config, pipe, lesson
+        self.config, self.pipe, self.lesson, self.accelerator = config, pipe, lesson, accelerator
         self.device, self.dtype = accelerator.device, pipe.unet.dtype
         self.alphas_cumprod = pipe.scheduler.alphas_cumprod
         self.prediction_type = pipe.scheduler.config.prediction_type
@@ -141,10 +203,10 @@ class Task:
         self.latents = Latents(lesson, self.encoders, config.output_dir)
         pipe.vae.to(dtype=self.dtype)
         self.words = self._captions(denoiser.text_encoder is not None)
-        if self.device.type != "cpu" and not config.validation_prompts:
-            pipe.vae.to("cpu")  # nothing asks them again
-            if denoiser.text_encoder is None:
-                pipe.text_encoder.to("cpu")
+        self._idle = (
+            [pipe.vae] if denoiser.text_encoder is not None else [pipe.vae, pipe.text_encoder]
+        )
+        self._move_idle("cpu")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over instances, and the weighted mean over pictures of the class."""
@@ -171,21 +233,32 @@ class Task:
     def validate(self, model: nn.Module) -> tuple[dict[str, float], Image.Image | None]:
         """The loss at fixed noise and timesteps, and pictures of the same prompts and seeds."""
         generator = step_generator(0, 0)
-        losses = []
-        for rows, x_0 in self.latents.measured():
+        total, pictures = 0.0, 0
+        for rows, x_0 in self.latents.measured:
             words = self.words.first(rows)
             for fraction in FRACTIONS:
                 timesteps = torch.full((len(rows),), int(fraction * len(self.alphas_cumprod)))
                 noise = torch.randn(x_0.shape, generator=generator)
-                losses.append(self._error(model, x_0, noise, timesteps, words, None).item())
+                with self.accelerator.autocast():
+                    error = self._error(model, x_0, noise, timesteps, words, None)
+                total += error.item() * len(rows)
+            pictures += len(rows)
         name = "held_out_loss" if self.lesson.unseen else "fixed_noise_loss"
-        return {name: sum(losses) / len(losses)}, self._samples()
+        return {name: total / (pictures * len(FRACTIONS))}, self._samples()
 
     def _samples(self) -> Image.Image | None:
         prompts = self.config.validation_prompts
         if not prompts:
             return None
-        return contact_sheet(self.pipe.generate(prompts, seed=0).images)
+        self._move_idle(self.device)
+        images = self.pipe.generate(prompts, seed=0).images
+        self._move_idle("cpu")
+        return contact_sheet(images)
+
+    def _move_idle(self, device: torch.device | str) -> None:
+        """Bring what only samples need to the device, or out of its memory."""
+        for model in self._idle:
+            model.to(device)
 
     def _error(
         self,
@@ -255,6 +328,7 @@ class Latents:
                 self._masks[size] = self._read_masks(pictures, size)
             if lesson.classes:
                 self.of_class[size] = self._encode(lesson.classes, size)
+        self.measured = self._choose_measured()
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor | None, Size]:
         """The batch's latents (B, C, h, w), its masks (B, 1, h, w) if there are any, and its
@@ -270,13 +344,12 @@ class Latents:
             mask = None if mask is None else torch.where(column, mask.flip(-1), mask)
         return latents, mask, size
 
-    def measured(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows of captions, and latents: the pictures held out, or else of those trained on, by
+    def _choose_measured(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows of captions, and latents: of the pictures held out, or else of those trained on, by
         bucket, MEASURED of them in all."""
         lesson = self._lesson
         if lesson.unseen:
-            first, buckets = len(lesson.instances), lesson.unseen_buckets
-            pictures = lesson.unseen
+            first, buckets, pictures = len(lesson.instances), lesson.unseen_buckets, lesson.unseen
         else:
             first, buckets, pictures = 0, lesson.buckets, lesson.instances
         chosen = range(0, len(pictures), -(-len(pictures) // MEASURED))
@@ -289,7 +362,7 @@ class Latents:
 
     def _encode(self, pictures: list[Picture], size: Size, mirror: bool = False) -> Tensor:
         def make() -> Tensor:
-            batches = pixel_batches(pictures, size, count=8)
+            batches = pixel_batches(pictures, size, count=max(1, ENCODED // (size[0] * size[1])))
             flipped = (pixels.flip(-1) if mirror else pixels for pixels in batches)
             return torch.cat([self._encoders.latents(pixels) for pixels in flipped])
 
@@ -298,49 +371,60 @@ class Latents:
         return cached(self._output_dir, json.dumps(facts), make)
 
     def _read_masks(self, pictures: list[Picture], size: Size) -> Tensor:
-        factor = size[0] // next(iter(self._plain.values())).shape[-2]
         masks = []
         for picture in pictures:
-            image = Image.new("L", size[::-1], 255)
-            if picture.mask is not None:
-                image = ImageOps.fit(load_mask(picture.mask), size[::-1], Image.Resampling.LANCZOS)
+            image = fitted_mask(picture, size)
             values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
             masks.append(values.reshape(1, *size).float() / 255)
-        return F.avg_pool2d(torch.stack(masks), factor)
+        return F.avg_pool2d(torch.stack(masks), size[0] // self._plain[size].shape[-2])
 
 
-def _plan(config: FineTuneConfig, method: Method, found: Model, lesson: Lesson) -> str:
-    """The steps, their number from the epochs if those were asked for, and what they cost."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    if config.num_train_epochs is not None:
-        config.max_train_steps = -(-config.num_train_epochs * lesson.epoch() // batch)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-        config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), torch.float32
-    )
+def _without_memory(
+    config: FineTuneConfig, method: Method, found: Model, tokenizer: CLIPTokenizer
+) -> Denoiser:
+    """The model as it will train, made of nothing but shapes."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config(found))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(_folder(found) / "text_encoder"))
-        denoiser = _adapted(method, unet, text, _tokenizer(found))
-        height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
-        factor, rows = (
-            found.vae_scale_factor,
-            config.train_batch_size * (2 if lesson.classes else 1),
-        )
-        noisy = torch.zeros(rows, unet.config.in_channels, height // factor, width // factor)
-        words = torch.zeros(rows, lesson.limit + 2, unet.config.cross_attention_dim)
-        words = words if denoiser.text_encoder is None else words[..., 0].long()
-        told = forecast(denoiser, (noisy, torch.zeros(rows), words), dtype)
-    seconds = told.seconds(
-        config.max_train_steps * config.gradient_accumulation_steps, device, dtype
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return _adapted(method, unet, text, tokenizer)
+
+
+def _cost(
+    config: FineTuneConfig, empty: Denoiser, lesson: Lesson, found: Model, prior: Prior | None
+) -> str:
+    """What the run will take."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
+    dtype = _dtype(config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
+    factor = found.vae_scale_factor
+    rows = config.train_batch_size * (2 if lesson.classes or prior is not None else 1)
+    unet = unet_config(found)
+    with torch.device("meta"):
+        noisy = torch.zeros(rows, unet["in_channels"], height // factor, width // factor)
+        states = torch.zeros(rows, lesson.limit + 2, unet["cross_attention_dim"])
+        words = states if empty.text_encoder is None else states[..., 0].long()
+        told = forecast(empty, (noisy, torch.zeros(rows), words), dtype)
+    steps, batch = config.max_train_steps, _pictures_a_step(config)
+    seconds = told.seconds(steps * config.gradient_accumulation_steps, device, dtype)
+    drawn = []
+    if prior is not None and (missing := prior.count - len(prior.pictures())) > 0:
+        drawn = [f"{missing} pictures of {prior.prompt!r} will be drawn"]
+    return "\n".join(
+        [
+            *drawn,
+            f"{told.trained:,} of {told.weights:,} weights learn",
+            f"{steps} steps of {batch} pictures are {steps * batch / lesson.epoch():.1f} epochs; "
+            f"about {duration(seconds)} and {told.memory / 1e9:.1f} GB on this {device.type}",
+        ]
     )
-    epochs = config.max_train_steps * batch / lesson.epoch()
-    return (
-        f"{told.trained:,} of {told.weights:,} weights learn\n"
-        f"{config.max_train_steps} steps of {batch} pictures are {epochs:.1f} epochs; "
-        f"about {duration(seconds)} and {told.memory / 1e9:.1f} GB of memory on this {device.type}"
-    )
+
+
+def _pictures_a_step(config: FineTuneConfig) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.train_batch_size * config.gradient_accumulation_steps * processes
 
 
 def _adapted(
@@ -360,24 +444,23 @@ def _adapted(
     return denoiser
 
 
-def _load(config: FineTuneConfig, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def _load(
+    config: FineTuneConfig, found: Model, accelerator: Accelerator, method: Method
+) -> LatentDiffusion:
     attention = "xformers" if config.enable_xformers_memory_efficient_attention else None
-    found = find_model(config)
+    dtype = torch.float32 if method.whole else _dtype(accelerator.mixed_precision)
+    name = found.hub_id if found.hub_id is not None else _folder(found)
     pipe = LatentDiffusion.from_pretrained(
-        found.hub_id or _folder(found), device, dtype, attention, config.revision
+        name, accelerator.device, dtype, attention, config.revision
     )
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     return pipe
 
 
-def _weight_dtype(accelerator: Accelerator, method: Method) -> torch.dtype:
-    """Of the weights that do not learn."""
-    if method.whole:
-        return torch.float32
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-        accelerator.mixed_precision, torch.float32
-    )
+def _dtype(mixed_precision: str) -> torch.dtype:
+    """Of weights that do not learn."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
 def _folder(found: Model) -> Path:
@@ -385,7 +468,7 @@ def _folder(found: Model) -> Path:
     return found.path
 
 
-def _tokenizer(found: Model) -> CLIPTokenizer:
+def load_tokenizer(found: Model) -> CLIPTokenizer:
     if found.hub_id is not None:
         return CLIPTokenizer.from_pretrained(
             found.hub_id, subfolder="tokenizer", revision=found.revision
@@ -397,6 +480,6 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _expect(what: str, wanted: str | None, found: str | None) -> None:
+def _expect(what: str, wanted: Any, found: Any) -> None:
     if wanted is not None and wanted != found:
         raise TrainingError(f"{what} are not those of the run to repeat: {found}, not {wanted}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -16,12 +17,14 @@ from latentgen import modelfolder
 from latentgen.errors import DataError, TrainingError
 from latentgen.modelfolder import Model
 from latentgen.training.buckets import Size, bucket_of, bucket_sizes
-from latentgen.training.config import RunConfig, flag
+from latentgen.training.config import RunConfig, flag, needs
 from latentgen.training.pictures import (
     ALLOWABLE,
     Checked,
     Picture,
     check_pictures,
+    load_loss_mask,
+    picture_files,
     read_dataset,
     read_folder,
     read_kohya,
@@ -30,6 +33,7 @@ from latentgen.training.pictures import (
 )
 from latentgen.training.preflight import bucket_table
 
+STEPS = 500
 BUNDLED = Path(modelfolder.DEFAULT_MODEL).name
 
 
@@ -72,9 +76,8 @@ class FineTuneConfig(RunConfig):
     )
     gradient_checkpointing: bool = flag(False, help="less memory for more time")
     enable_xformers_memory_efficient_attention: bool = flag(False, help="xformers, on CUDA")
-    text_encoder_lr: float | None = flag(None, help="of the text side; default: --learning_rate")
-    num_train_epochs: int | None = flag(None, help="instead of --max_train_steps")
-    max_train_steps: int = flag(500, help="steps of the optimizer")
+    max_train_steps: int = flag(0, help=f"steps of the optimizer; default: {STEPS}")
+    num_train_epochs: int | None = flag(None, help="or how often to see all pictures")
     train_batch_size: int = flag(4, help="pictures a process and micro-batch")
     learning_rate: float = flag(1e-4, help="its highest value")
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
@@ -93,23 +96,62 @@ class FineTuneConfig(RunConfig):
     expect_data: str | None = flag(None, help="stop unless the data has this fingerprint")
     expect_model: str | None = flag(None, help="stop unless the model has this hash")
 
+    expect_processes: int | None = flag(None, help="stop unless so many processes train")
+
     def __post_init__(self) -> None:
+        if self.max_train_steps and self.num_train_epochs is not None:
+            raise ValueError("give max_train_steps or num_train_epochs, not both")
+        if self.num_train_epochs is not None and self.num_train_epochs < 1:
+            raise ValueError(f"num_train_epochs: {self.num_train_epochs}; use 1 or more")
+        if self.max_train_steps == 0:
+            self.max_train_steps = STEPS  # or what the epochs come to, once they are counted
         super().__post_init__()
         sources = [self.train_data_dir, self.dataset_name, self.dataset_config]
         if sum(source is not None for source in sources) != 1:
             raise ValueError(
                 "give the pictures as one of --train_data_dir, --dataset_name, --dataset_config"
             )
-        for name in ("proportion_empty_prompts",):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(
+                f"proportion_empty_prompts: {self.proportion_empty_prompts} is not in [0, 1]"
+            )
+        if self.repeats < 1:
+            raise ValueError(f"repeats: {self.repeats}; use 1 or more")
         if any(not prompt.strip() for prompt in self.validation_prompts):
             raise ValueError("validation_prompts: one of them is empty")
+        if self.output_name is not None and Path(self.output_name).name != self.output_name:
+            raise ValueError(f"output_name: {self.output_name!r} is no plain name")
+        needs(self, ["metadata_file"], self.train_data_dir is not None, "--train_data_dir")
+        columns = ["image_column", "caption_column"]
+        needs(self, columns, self.dataset_name is not None, "--dataset_name")
+        needs(self, ["num_held_out"], self.validation_data_dir is None, "held-out pictures")
+        needs(self, ["keep_tokens"], self.shuffle_caption, "--shuffle_caption")
+        if self.shuffle_caption and self.dataset_config is not None:
+            raise ValueError("shuffle_caption: say it in the file of --dataset_config")
+        if self.dataset_config is None:  # a kohya file says all of them at once
+            names = ["min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"]
+            needs(self, names, self.enable_bucket, "--enable_bucket")
 
     @property
     def name(self) -> str:
         """Of the file that comes out."""
-        return self.output_name or self.output_dir.resolve().name
+        own = self.output_name
+        return own if own is not None else self.output_dir.resolve().name
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Pictures of the class that a subject belongs to: those in `folder`, to which the model adds
+    until there are `count`, all captioned `prompt`."""
+
+    folder: Path
+    prompt: str
+    count: int
+
+    def pictures(self) -> list[Picture]:
+        """Those that are there."""
+        files = picture_files(self.folder) if self.folder.is_dir() else []
+        return [Picture(file, (self.prompt,), is_reg=True) for file in files]
 
 
 def find_model(config: FineTuneConfig) -> Model:
@@ -177,50 +219,72 @@ class Lesson:
         self,
         config: FineTuneConfig,
         found: Model,
-        pictures: list[Picture],
         tokenizer: CLIPTokenizer,
+        pictures: list[Picture],
+        unseen: list[Picture] | None,
     ) -> None:
-        side = config.resolution if config.resolution is not None else found.height
-        least = found.vae_scale_factor * 2 ** (len(unet_config(found)["block_out_channels"]) - 1)
-        self.step = config.bucket_reso_steps if config.bucket_reso_steps is not None else least
-        for name, value in (("resolution", side), ("bucket_reso_steps", self.step)):
-            if value % least:
-                raise DataError(f"{name}: {value} is no multiple of {least}, which the model needs")
-        self.square = (side, side)
-        self.sizes = [self.square]
-        if config.enable_bucket:
-            shortest = config.min_bucket_reso or side // 2
-            longest = config.max_bucket_reso or side * 2
-            self.sizes = bucket_sizes(side, self.step, shortest, longest)
-            if not self.sizes:
-                raise DataError(f"no bucket has sides from {shortest} to {longest}")
-        self.no_upscale = config.bucket_no_upscale
+        """`unseen`: pictures to measure with; None: some of `pictures` are held out."""
+        self._config = config
+        self._choose_sizes(config, found)
         self.limit = tokenizer.model_max_length - 2
         self._length = lambda caption: len(tokenizer(caption, add_special_tokens=False).input_ids)
 
-        checks: dict[str, Any] = {
-            "allow": config.allow,
-            "least_side": side // 2,
-            "too_long": lambda caption: self._length(caption) > self.limit,
-        }
-        instances = check_pictures([p for p in pictures if not p.is_reg], **checks)
-        of_class = [p for p in pictures if p.is_reg]
-        prints = [instances.fingerprint]
-        self.classes: list[Picture] = []
-        if of_class:
-            classes = check_pictures(of_class, **checks, at_least=1)
-            self.classes = classes.pictures
-            prints.append(classes.fingerprint)
-        if config.validation_data_dir is not None:
-            unseen = check_pictures(read_folder(config.validation_data_dir), **checks, at_least=1)
-            prints.append(unseen.fingerprint)
+        instances = self._check([picture for picture in pictures if not picture.is_reg])
+        self.warnings = [instances.warnings]
+        self.fingerprint = instances.fingerprint
+        if unseen is None:
+            instances, held_out = _hold_out(instances, config.num_held_out)
         else:
-            instances, unseen = _hold_out(instances, config.num_held_out)
-        self.instances, self.unseen = instances.pictures, unseen.pictures
-        self.fingerprint = " ".join(prints)
-        self.warnings = instances.warnings
-        self.buckets = [self._bucket(config, size) for size in instances.sizes]
-        self.unseen_buckets = [self._bucket(config, size) for size in unseen.sizes]
+            held_out = self._check(unseen, at_least=1)
+            self.warnings.append(held_out.warnings)
+            self.fingerprint += f" {held_out.fingerprint}"
+        self.instances, self.unseen = instances.pictures, held_out.pictures
+        self.buckets = [self._bucket(size) for size in instances.sizes]
+        self.unseen_buckets = [self._bucket(size) for size in held_out.sizes]
+        for picture, size in zip(self.instances, self.buckets, strict=True):
+            if picture.mask is not None and fitted_mask(picture, size).getextrema() == (0, 0):
+                raise DataError(f"{picture.mask}: nothing of its white is left in the bucket")
+        self.classes: list[Picture] = []
+        if of_class := [picture for picture in pictures if picture.is_reg]:
+            self.add_class(of_class)
+
+    def add_class(self, pictures: list[Picture]) -> None:
+        """Add pictures of the class; they are checked like all others."""
+        checked = self._check(pictures, at_least=1)
+        self.warnings.append(checked.warnings)
+        self.fingerprint += f" {checked.fingerprint}"
+        self.classes += [picture for picture in checked.pictures for _ in range(picture.repeats)]
+
+    def _choose_sizes(self, config: FineTuneConfig, found: Model) -> None:
+        """The buckets there may be."""
+        side = config.resolution if config.resolution is not None else found.height
+        factor = found.vae_scale_factor
+        usual = factor * 2 ** (len(unet_config(found)["block_out_channels"]) - 1)
+        self.step = config.bucket_reso_steps if config.bucket_reso_steps is not None else usual
+        for name, value in (("resolution", side), ("bucket_reso_steps", self.step)):
+            if value < 1 or value % factor:
+                raise DataError(f"{name}: {value} is no multiple of {factor}, as the model needs")
+        self.square = (side, side)
+        shortest, longest = config.min_bucket_reso, config.max_bucket_reso
+        shortest = shortest if shortest is not None else side // 2
+        longest = longest if longest is not None else 2 * side
+        self.sizes = bucket_sizes(side, self.step, shortest, longest)
+        if config.enable_bucket and not self.sizes:
+            raise DataError(f"no bucket has sides from {shortest} to {longest}")
+
+    def _check(self, pictures: list[Picture], at_least: int = 2) -> Checked:
+        return check_pictures(
+            pictures,
+            allow=self._config.allow,
+            too_small=self._too_small,
+            too_long=lambda caption: self._length(caption) > self.limit,
+            at_least=at_least,
+        )
+
+    def _too_small(self, size: tuple[int, int]) -> bool:
+        """Whether a picture (width, height) would be enlarged more than twice."""
+        height, width = self._bucket(size)
+        return max(width / size[0], height / size[1]) > 2
 
     def groups(self) -> list[Tensor]:
         """The rows of each bucket, a picture as often as it is repeated."""
@@ -249,18 +313,26 @@ class Lesson:
             else "none held out: the loss at fixed noise is that of pictures it trains on",
         ]
         repeats = [picture.repeats for picture in self.instances]
-        table = bucket_table(self.buckets, repeats)
         example = f"first caption: {captions[0]!r}"
-        return "\n".join([*([self.warnings] if self.warnings else []), *facts, example, table])
+        warnings = [warning for warning in self.warnings if warning]
+        return "\n".join([*warnings, *facts, example, bucket_table(self.buckets, repeats)])
 
     def epoch(self) -> int:
         """Pictures in an epoch."""
         return sum(picture.repeats for picture in self.instances)
 
-    def _bucket(self, config: FineTuneConfig, size: tuple[int, int]) -> Size:
-        if not config.enable_bucket:
+    def _bucket(self, size: tuple[int, int]) -> Size:
+        """Of a picture (width, height)."""
+        if not self._config.enable_bucket:
             return self.square
-        return bucket_of(size[::-1], self.sizes, self.step, self.no_upscale)
+        return bucket_of(size[::-1], self.sizes, self.step, self._config.bucket_no_upscale)
+
+
+def fitted_mask(picture: Picture, size: Size) -> Image.Image:
+    """The picture's loss mask as its pixels are cut, in grey; all white if it has none."""
+    if picture.mask is None:
+        return Image.new("L", size[::-1], 255)
+    return ImageOps.fit(load_loss_mask(picture.mask), size[::-1], Image.Resampling.LANCZOS)
 
 
 def _hold_out(checked: Checked, count: int | None) -> tuple[Checked, Checked]:

@@ -4,6 +4,7 @@ It knows a model, an optimizer and a loss. It does not know what the model is, w
 from or what is printed.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 @dataclass
 class TrainState:
     """Everything a run changes; a checkpoint is exactly this. `weights` are the model's parameters
-    that are trained, by name, and `ema` is their average."""
+    that are trained, by name, and `ema` is their average, empty if there is none."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -71,7 +72,8 @@ def new_state(
         optimizer = _eight_bit_adam()(groups, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **settings)
-    ema = {name: value.detach().clone() for name, value in weights.items()}
+    average = config.ema_decay > 0
+    ema = {name: value.detach().clone() for name, value in weights.items()} if average else {}
     return TrainState(model, optimizer, weights, ema)
 
 
@@ -125,13 +127,14 @@ def train(
                 mean += shared / micro_batches
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
+                    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                     # fp16's scaler finds its scale by overflowing: it skips such steps itself
                     if accelerator.scaler is None and not torch.isfinite(norm):
                         raise _not_finite("gradient", norm, state.step, pictures, rows)
                 optimizer.step()
                 optimizer.zero_grad()
-        skipped = skipped + 1 if optimizer.step_was_skipped else 0
+        skipped = 0 if torch.isfinite(norm) else skipped + 1
         if skipped > SKIPPED_AT_MOST:
             raise _not_finite("gradient (in fp16)", norm, state.step, pictures, rows)
         state.step += 1
@@ -142,6 +145,8 @@ def train(
 @torch.no_grad()
 def update_ema(state: TrainState, decay: float) -> None:
     """ema += (1 - decay) (weights - ema); young averages forget faster: (1 + n) / (10 + n)."""
+    if not state.ema:
+        return
     young = min(decay, (1 + state.step) / (10 + state.step))
     torch._foreach_lerp_(list(state.ema.values()), list(state.weights.values()), 1 - young)
 
@@ -149,7 +154,7 @@ def update_ema(state: TrainState, decay: float) -> None:
 @contextmanager
 def averaged(state: TrainState) -> Iterator[nn.Module]:
     """The model with its averaged weights, in evaluation mode; its own come back afterwards."""
-    own = {name: value.detach().clone() for name, value in state.weights.items()}
+    own = {name: state.weights[name].detach().clone() for name in state.ema}
     put_weights(state, state.ema)
     state.model.eval()
     try:
@@ -163,8 +168,8 @@ def averaged(state: TrainState) -> Iterator[nn.Module]:
 @torch.no_grad()
 def put_weights(state: TrainState, values: dict[str, Tensor]) -> None:
     """Copy `values` into the trained weights of the same names."""
-    for name, weight in state.weights.items():
-        weight.copy_(values[name])
+    for name, value in values.items():
+        state.weights[name].copy_(value)
 
 
 def _eight_bit_adam() -> Any:

@@ -5,7 +5,8 @@ Gal et al. 2022, textual inversion; Roich et al. 2021, pivotal tuning (both at o
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentgen.errors import TrainingError
+from latentgen.errors import DataError, TrainingError
 from latentgen.lora import collect_lora, lora_metadata, write_lora
 from latentgen.pipeline import LatentDiffusion
-from latentgen.training.config import MANIFEST, flag
+from latentgen.training.config import MANIFEST, flag, needs
 from latentgen.training.finetune import Method
 from latentgen.training.lesson import FineTuneConfig
+from latentgen.training.pictures import Picture
 
+SD_1, SD_2 = "stable-diffusion-v1", "stable-diffusion-v2-768-v"
+ARCHITECTURES = {768: SD_1, 1024: SD_2}  # by the width of the token states
 TEXT_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -39,6 +43,7 @@ class LoraConfigFlags(FineTuneConfig):
     use_dora: bool = flag(False, help="learn directions and lengths apart")
     use_rslora: bool = flag(False, help="divide by the root of the rank")
     train_text_encoder: bool = flag(False, help="its attention layers learn too")
+    text_encoder_lr: float | None = flag(None, help="their rate; default: --learning_rate")
     lora_layout: Literal["kohya", "diffusers", "peft"] = flag("kohya", help="of the file")
 
     def __post_init__(self) -> None:
@@ -47,6 +52,9 @@ class LoraConfigFlags(FineTuneConfig):
             raise ValueError(f"rank: {self.rank} is too small; use 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
+        if self.optimizer != "adamw":
+            raise ValueError("optimizer: a LoRA learns with adamw; muon is for whole models")
+        needs(self, ["text_encoder_lr"], self.train_text_encoder, "--train_text_encoder")
 
 
 @dataclass(kw_only=True)
@@ -56,9 +64,12 @@ class WordFlags(FineTuneConfig):
     placeholder_token: str | None = flag(None, help="the new word, as it stands in the captions")
     initializer_token: str = flag("thing", help="a word that it begins as")
     num_vectors: int = flag(1, help="embeddings that make up the word")
+    embedding_lr: float = flag(5e-3, help="their rate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = ["initializer_token", "num_vectors", "embedding_lr"]
+        needs(self, names, self.placeholder_token is not None, "--placeholder_token")
         if self.num_vectors < 1:
             raise ValueError(f"num_vectors: {self.num_vectors} is too small; use 1 or more")
 
@@ -82,6 +93,7 @@ def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> M
             prediction_type=pipe.scheduler.config.prediction_type,
             resolution=resolution,
             trigger_phrase=trigger_phrase,
+            architecture=ARCHITECTURES.get(pipe.unet.config.cross_attention_dim, SD_1),
             network_args=network,
             manifest=manifest,
         )
@@ -92,11 +104,17 @@ def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> M
         lora.metadata.update(metadata)
         write_lora(lora, folder / name, config.lora_layout)
 
-    return Method(adapt, export)
+    text_rate = config.text_encoder_lr
+    share = 1.0 if text_rate is None else text_rate / config.learning_rate
+
+    def rate_of(name: str) -> float:
+        return share if name.startswith("text_encoder.") else 1.0
+
+    return Method(adapt, export, rate_of)
 
 
-def word_method(config: WordFlags) -> Method:
-    """The embeddings of a new word; everything else stays as it is."""
+def word_method(config: WordFlags, rate: float) -> Method:
+    """The embeddings of a new word, at their learning rate; everything else stays as it is."""
     token = config.placeholder_token
     assert token is not None
 
@@ -107,6 +125,8 @@ def word_method(config: WordFlags) -> Method:
         if tokenizer.add_tokens(parts_of_word(token, config.num_vectors)) != config.num_vectors:
             raise TrainingError(f"placeholder_token: the tokenizer knows {token} already")
         base = text_encoder.get_input_embeddings()
+        if tokenizer.convert_tokens_to_ids(token) != base.num_embeddings:
+            raise TrainingError("the model's tokenizer and text encoder count different words")
         known = base.weight[torch.tensor(begin)]  # (tokens, D)
         vectors = known.mean(0, keepdim=True).repeat(config.num_vectors, 1)
         text_encoder.set_input_embeddings(WordEmbedding(base, vectors))
@@ -120,7 +140,7 @@ def word_method(config: WordFlags) -> Method:
             {MANIFEST: json.dumps(manifest, sort_keys=True)},
         )
 
-    return Method(adapt, export)
+    return Method(adapt, export, lambda name: rate / config.learning_rate)
 
 
 def whole_method(train_text_encoder: bool) -> Method:
@@ -137,18 +157,21 @@ def whole_method(train_text_encoder: bool) -> Method:
     return Method(adapt, export, whole=True)
 
 
-def both(first: Method, second: Method, second_folder: str) -> Method:
-    """Two methods at once, in that order; the second one's file goes into a folder of its own."""
+def both(lora: Method, word: Method, word_folder: str) -> Method:
+    """A LoRA and a word at once; the word's file goes into a folder of its own."""
 
     def adapt(unet: nn.Module, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-        first.adapt(unet, text_encoder, tokenizer)
-        second.adapt(unet, text_encoder, tokenizer)
+        lora.adapt(unet, text_encoder, tokenizer)
+        word.adapt(unet, text_encoder, tokenizer)
 
     def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
-        first.export(pipe, folder, manifest)
-        second.export(pipe, folder / second_folder, manifest)
+        lora.export(pipe, folder, manifest)
+        word.export(pipe, folder / word_folder, manifest)
 
-    return Method(adapt, export)
+    def rate_of(name: str) -> float:
+        return (word if name.endswith(".learned") else lora).rate_of(name)
+
+    return Method(adapt, export, rate_of)
 
 
 class WordEmbedding(nn.Module):
@@ -172,12 +195,23 @@ def parts_of_word(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
-def written_out(caption: str, token: str, count: int) -> str:
-    """The caption with every part of the new word in its place."""
-    return caption.replace(token, " ".join(parts_of_word(token, count)))
+def saying_word(picture: Picture, config: WordFlags) -> Picture:
+    """The picture with every part of the new word in its captions, each of which must hold it."""
+    token = config.placeholder_token
+    assert token is not None
+    if silent := [caption for caption in picture.captions if token not in caption]:
+        raise DataError(f"{picture.file}: its caption does not hold {token}: {silent[0]!r}")
+    word = " ".join(parts_of_word(token, config.num_vectors))
+    captions = tuple(caption.replace(token, word) for caption in picture.captions)
+    return replace(picture, captions=captions)
 
 
 def _inject(config: LoraConfigFlags, model: nn.Module, target_modules: list[str]) -> None:
+    paths = [path for path, one in model.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+    for end in target_modules:
+        if not any(path == end or path.endswith(f".{end}") for path in paths):
+            ends = sorted({re.split(r"\.(?=\D)", path)[-1] for path in paths})
+            raise TrainingError(f"target_modules: no layer ends in {end!r}; some of: {ends}")
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha if config.lora_alpha is not None else config.rank,

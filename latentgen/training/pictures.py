@@ -6,6 +6,7 @@ number of captions: ways to ask for it, one of which is drawn at each use.
 
 import hashlib
 import json
+import os
 import random
 import tomllib
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from latentgen.errors import DataError, InvalidRequest
-from latentgen.images import SUFFIXES, load_image, load_mask
+from latentgen.images import SUFFIXES, load_image
 
 SHOWN = 10  # problems of one kind that an error lists by name
 ORDERS = 8  # of a shuffled caption's tags
@@ -89,7 +92,7 @@ def read_dataset(
             rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(f"--dataset_name {name}: {error}") from error
     for column in (image_column, caption_column):
         if column not in rows.column_names:
@@ -97,26 +100,43 @@ def read_dataset(
     export_dir.mkdir(parents=True, exist_ok=True)
     pictures = []
     for number, row in enumerate(rows):
+        image, text = row[image_column], row[caption_column]
         file = export_dir / f"{number:06d}.png"
-        row[image_column].save(file)
-        text = row[caption_column]
-        pictures.append(Picture(file, tuple([text] if isinstance(text, str) else text)))
+        if not hasattr(image, "convert"):
+            raise DataError(f"{name}: row {number} has no picture in {image_column!r}")
+        if not file.exists():
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            load_image(image).save(partial, "PNG")
+            partial.replace(file)
+        captions = [text] if isinstance(text, str) else text if text is not None else []
+        pictures.append(Picture(file, tuple(one for one in captions if one.strip())))
     return pictures
 
 
 # kohya's dataset file: the keys of a subset that say something about its pictures.
 SUBSET_KEYS = {
     "image_dir",
-    "metadata_file",
     "class_tokens",
     "caption_extension",
     "num_repeats",
     "shuffle_caption",
     "keep_tokens",
+    "caption_prefix",
+    "caption_suffix",
     "flip_aug",
     "is_reg",
     "conditioning_data_dir",
-    "alpha_mask",
+}
+# Keys that may stand there as long as they ask for nothing.
+NEUTRAL = {
+    "alpha_mask": False,
+    "color_aug": False,
+    "random_crop": False,
+    "enable_wildcard": False,
+    "caption_dropout_every_n_epochs": 0,
+    "caption_tag_dropout_rate": 0,
+    "token_warmup_step": 0,
+    "token_warmup_min": 1,
 }
 
 
@@ -127,18 +147,22 @@ def read_kohya(file: Path, seed: int = 0) -> list[Picture]:
     pictures = []
     for dataset, subset in _kohya_subsets(file):
         settings = dataset | subset
-        if unknown := sorted(subset.keys() - SUBSET_KEYS):
-            raise DataError(f"{file}: a subset has {unknown}; known are {sorted(SUBSET_KEYS)}")
         if "image_dir" not in subset:
             raise DataError(f"{file}: a subset has no image_dir")
-        if settings.get("alpha_mask"):
-            raise DataError(f"{file}: alpha_mask is not supported; use conditioning_data_dir")
+        of_class = settings.get("is_reg", False)
+        if of_class and (settings.get("flip_aug") or "conditioning_data_dir" in subset):
+            raise DataError(f"{file}: pictures of the class (is_reg) take no flips and no masks")
         folder = _folder_near(file, subset["image_dir"])
         ending = settings.get("caption_extension", ".caption")
         tokens = settings.get("class_tokens")
+        affixes = (settings.get("caption_prefix", ""), settings.get("caption_suffix", ""))
         listed = []
         for picture in picture_files(folder):
+            if picture.parent != folder:  # such a file means the top level only
+                continue
             captions = _text_beside(picture, ending) or ((tokens,) if tokens else ())
+            lines = [caption.splitlines()[0].strip() for caption in captions]
+            captions = tuple(" ".join(filter(None, (affixes[0], c, affixes[1]))) for c in lines)
             if settings.get("shuffle_caption"):
                 keep = settings.get("keep_tokens", 0)
                 captions = tuple(o for c in captions for o in shuffled(c, keep, seed))
@@ -148,7 +172,7 @@ def read_kohya(file: Path, seed: int = 0) -> list[Picture]:
                     captions,
                     repeats=settings.get("num_repeats", 1),
                     random_flip=settings.get("flip_aug", False),
-                    is_reg=settings.get("is_reg", False),
+                    is_reg=of_class,
                 )
             )
         masks = subset.get("conditioning_data_dir")
@@ -159,6 +183,7 @@ def read_kohya(file: Path, seed: int = 0) -> list[Picture]:
 KOHYA_FLAGS = {
     "resolution": "resolution",
     "batch_size": "train_batch_size",
+    "caption_dropout_rate": "proportion_empty_prompts",
     "enable_bucket": "enable_bucket",
     "min_bucket_reso": "min_bucket_reso",
     "max_bucket_reso": "max_bucket_reso",
@@ -170,12 +195,13 @@ KOHYA_FLAGS = {
 def kohya_flags(file: Path) -> dict[str, Any]:
     """What a TOML in kohya's format says about the whole run, as our flags. Several datasets must
     agree: a run has one resolution and one batch size."""
+    defaults = {"batch_size": 1, "enable_bucket": False}  # its own, not ours
     found: dict[str, Any] = {}
-    for dataset, _ in _kohya_subsets(file):
+    for dataset, subset in _kohya_subsets(file):
         for key, name in KOHYA_FLAGS.items():
-            if key not in dataset:
+            value = (defaults | dataset | subset).get(key)
+            if value is None:
                 continue
-            value = dataset[key]
             if isinstance(value, list):
                 if len(set(value)) != 1:
                     raise DataError(f"{file}: {key} {value}: one number, the side of a square")
@@ -201,12 +227,23 @@ def with_masks(pictures: list[Picture], folder: Path) -> list[Picture]:
     without one are trained on whole."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
-    masks = {file.stem: file for file in picture_files(folder)}
-    if strangers := sorted(masks.keys() - {picture.file.stem for picture in pictures}):
+    files, stems = picture_files(folder), [picture.file.stem for picture in pictures]
+    masks = {file.stem: file for file in files}
+    if strangers := sorted(masks.keys() - set(stems)):
         raise DataError(f"{folder} has masks of no picture: {', '.join(strangers[:SHOWN])}")
+    twice = {stem for stem in stems if stems.count(stem) > 1} & masks.keys()
+    if twice or len(masks) < len(files):
+        raise DataError(
+            f"{folder}: several pictures or masks are called {sorted(twice) or 'alike'}"
+        )
     return [
         replace(picture, mask=masks.get(picture.file.stem, picture.mask)) for picture in pictures
     ]
+
+
+def load_loss_mask(file: Path) -> Image.Image:
+    """A loss mask, in grey ("L"): white = train."""
+    return load_image(file, "mask").convert("L")
 
 
 def check_pictures(
@@ -214,17 +251,17 @@ def check_pictures(
     *,
     captions: bool = True,
     allow: list[str] | tuple[str, ...] = (),
-    least_side: int = 0,
+    too_small: Callable[[tuple[int, int]], bool] = lambda size: False,
     too_long: Callable[[str], bool] = lambda caption: False,
     at_least: int = 2,
 ) -> Checked:
     """Open every picture and raise one DataError that names all that is wrong: too few, missing,
-    unreadable or truncated files, no caption, the same pixels twice, a side shorter than
-    `least_side`, captions that are `too_long`, masks that fit no picture or hide all of it. Kinds
-    that `allow` names (see ALLOWABLE) become warnings."""
+    unreadable or truncated files, no caption, the same pixels twice, sizes (width, height) that
+    are `too_small`, captions that are `too_long`, masks that fit no picture or hide all of it.
+    Kinds that `allow` names (see ALLOWABLE) become warnings."""
     if len(pictures) < at_least:
         found = "no picture" if not pictures else f"only one picture, {pictures[0].file}"
-        raise DataError(f"found {found}; at least two are needed, {sorted(SUFFIXES)}")
+        raise DataError(f"found {found}; at least {at_least} are needed, {sorted(SUFFIXES)}")
     problems: dict[str, list[str]] = {}
     seen: dict[str, Path] = {}
     fingerprint = hashlib.sha256()
@@ -247,7 +284,7 @@ def check_pictures(
                 f"{picture.file}: {error.hint}",
             )
             continue
-        if min(image.size) < least_side:
+        if too_small(image.size):
             note("tiny", f"{picture.file}: {image.width} x {image.height}")
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         if digest in seen:
@@ -275,12 +312,15 @@ def check_pictures(
 
 def _check_mask(picture: Picture, size: tuple[int, int], note: Callable[[str, str], None]) -> bytes:
     try:
-        mask = load_mask(picture.mask)
+        assert picture.mask is not None
+        mask = load_loss_mask(picture.mask)
     except InvalidRequest as error:
         note("masks that cannot be used", f"{picture.mask}: {error.hint}")
         return b""
     if mask.size != size:
         note("masks that cannot be used", f"{picture.mask}: its picture has another size")
+    if mask.getextrema() == (0, 0):
+        note("masks that cannot be used", f"{picture.mask}: all black, so nothing would be learnt")
     return mask.tobytes()
 
 
@@ -291,15 +331,28 @@ def _kohya_subsets(file: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{file}: {error}") from error
     known = SUBSET_KEYS | KOHYA_FLAGS.keys()
-    if unknown := sorted(content.keys() - {"general", "datasets"}):
-        raise DataError(f"{file}: {unknown}; known are [general] and [[datasets]]")
+
+    def table(value: Any, what: str, allowed: set[str]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise DataError(f"{file}: {what} must be a table, not {value!r}")
+        loud = {key: v for key, v in value.items() if key not in NEUTRAL or NEUTRAL[key] != v}
+        if unknown := sorted(loud.keys() - allowed):
+            raise DataError(f"{file}: {what} has {unknown}; known are {sorted(allowed)}")
+        return loud
+
+    def tables(value: Any, what: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise DataError(f"{file}: write [[{what}]], in two brackets: there may be several")
+        return value
+
+    content = table(content, "it", {"general", "datasets"})
+    general = table(content.get("general", {}), "[general]", known)
     pairs = []
-    for dataset in content.get("datasets", []):
-        settings = content.get("general", {}) | dataset
-        subsets = settings.pop("subsets", [])
-        if unknown := sorted(settings.keys() - known):
-            raise DataError(f"{file}: {unknown} are not supported; known are {sorted(known)}")
-        pairs += [(settings, subset) for subset in subsets]
+    for dataset in tables(content.get("datasets", []), "datasets"):
+        own = table(dataset, "a dataset", known | {"subsets"})
+        subsets = tables(own.pop("subsets", []), "datasets.subsets")
+        allowed = SUBSET_KEYS | {"caption_dropout_rate"}
+        pairs += [(general | own, table(subset, "a subset", allowed)) for subset in subsets]
     if not pairs:
         raise DataError(f"{file}: it lists no [[datasets.subsets]]")
     return pairs
@@ -315,7 +368,7 @@ def _folder_near(file: Path, name: str) -> Path:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
 

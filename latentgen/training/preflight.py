@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 EFFICIENCY = 0.35  # of a step, against matrix products of the same machine; see `Forecast.seconds`
@@ -46,12 +48,35 @@ def forecast(model: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dt
         return tensor
 
     alive: list[torch.Tensor] = []
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t):
-        model(*inputs).sum().backward()
+    counter = FlopCounterMode(display=False)
+    with counter, FusedAttention(), saved_tensors_hooks(keep, lambda t: t):
+        model(*inputs)
     own = {id(p.untyped_storage()) for p in model.parameters()}
     activations = sum(numbers for storage, numbers in kept.items() if storage not in own)
     memory = (weights - trained + activations) * dtype.itemsize + trained * 4 * (2 + ADAM + 1)
-    return Forecast(weights, trained, counter.get_total_flops(), memory)
+    # backward: once for what flows through, once for the share of weights that learn; and once
+    # more forward where activations are not kept
+    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    passes = 2 + trained / weights + again
+    return Forecast(weights, trained, passes * counter.get_total_flops(), memory)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps what a fused kernel keeps: on meta tensors, torch's own falls back to
+    the form that stores a number for each pair of places."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(context, query, key, value):
+        result = torch.empty_like(query)
+        context.save_for_backward(query, key, value, result)
+        return result
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -60,6 +60,14 @@ def start(config: RunConfig) -> Accelerator:
             "the processes do not know each other; on processors, start them with "
             "`accelerate launch --cpu --num_processes N`"
         )
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise TrainingError(
+            "the settings of `accelerate launch` say another gradient_accumulation_steps: "
+            f"{accelerator.gradient_accumulation_steps}, not {config.gradient_accumulation_steps}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("fp16 trains on GPUs only; here, use --mixed_precision bf16 or no")
+    config.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have said it
     set_seed(config.seed)
     return accelerator
 

@@ -19,11 +19,15 @@ from safetensors.torch import load_file, save_file
 from latentgen import LatentDiffusion
 from latentgen.errors import DataError, InvalidRequest, TrainingError
 from latentgen.lora import read_lora
+from latentgen.modelfolder import find
 from latentgen.training import finetune, objective
 from latentgen.training.buckets import bucket_of, bucket_sizes
 from latentgen.training.data import Batch, Order, pixel_batches
+from latentgen.training.encoders import Encoders
+from latentgen.training.finetune import Latents
+from latentgen.training.lesson import Lesson
 from latentgen.training.loop import new_state
-from latentgen.training.methods import WordEmbedding
+from latentgen.training.methods import LoraConfigFlags, WordEmbedding
 from latentgen.training.pictures import Picture, kohya_flags, read_kohya, shuffled, with_masks
 
 SCRIPTS = Path(__file__).parents[2] / "training"
@@ -139,7 +143,8 @@ def test_a_batch_is_of_one_bucket_and_buckets_come_by_their_size():
 def test_a_kohya_file_is_read_whole(tmp_path):
     draw_pictures(tmp_path / "things", 2)
     (tmp_path / "things" / "red.txt").unlink()
-    (tmp_path / "things" / "green.txt").write_text("sks, a, b, c")
+    (tmp_path / "things" / "green.txt").write_text("sks, a, b, c\na second line")
+    draw_pictures(tmp_path / "things" / "below", 1)
     draw_pictures(tmp_path / "others", 1)
     file = tmp_path / "set.toml"
     file.write_text(
@@ -158,14 +163,36 @@ def test_a_kohya_file_is_read_whole(tmp_path):
     assert (other.is_reg, other.repeats, other.captions) == (True, 1, ("a red dot",))
     flags = {"enable_bucket": True, "resolution": 64, "train_batch_size": 3}
     assert kohya_flags(file) == flags
+    text = "[[datasets]]\ncolor_aug = false\n[[datasets.subsets]]\nimage_dir = 'things'\n"
+    file.write_text(text + "caption_dropout_rate = 0.1\ncaption_prefix = 'icon,'\n")
+    flags = {"enable_bucket": False, "train_batch_size": 1, "proportion_empty_prompts": 0.1}
+    assert kohya_flags(file) == flags  # what it does not say is as kohya's own default
     for wrong, told in [
         ("image_dir = 'things'\ncolor_aug = true", "color_aug"),
         ("image_dir = 'gone'", "gone is no folder"),
         ("num_repeats = 2", "no image_dir"),
+        ("image_dir = 'things'\nmetadata_file = 'all.json'", "metadata_file"),
+        ("image_dir = 'things'\nis_reg = true\nflip_aug = true", "no flips and no masks"),
     ]:
         file.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{wrong}\n")
         with pytest.raises(DataError, match=told):
             read_kohya(file)
+    file.write_text("[datasets]\nresolution = 64\n")
+    with pytest.raises(DataError, match=r"write \[\[datasets\]\]"):
+        read_kohya(file)
+
+
+def test_what_the_kohya_file_says_of_the_run_is_done(tmp_path, model, capsys):
+    draw_pictures(tmp_path / "things", 4, size=(64, 32))
+    (tmp_path / "set.toml").write_text(
+        "[general]\nenable_bucket = true\n[[datasets]]\nbatch_size = 3\nresolution = 64\n"
+        "[[datasets.subsets]]\nimage_dir = 'things'\ncaption_extension = '.txt'\n"
+    )
+    (tmp_path / "run.yaml").write_text(f"dataset_config: {tmp_path / 'set.toml'}\n")
+    train_lora(model, None, tmp_path / "out", config=tmp_path / "run.yaml", dry_run=True)
+    told = capsys.readouterr().out
+    assert "4 steps of 2 pictures" in told  # the shell wins
+    assert "   80 x 48 " in told
 
 
 def test_shuffled_tags_keep_the_first_ones_in_front():
@@ -224,9 +251,9 @@ BROKEN = {
         r"1 duplicates.*\n.*red\.png = .*green\.png",
     ),
     "tiny": (
-        lambda f: Image.new("RGB", (15, 90), "red").save(f / "red.png"),
+        lambda f: Image.new("RGB", (12, 15), "red").save(f / "red.png"),
         {},
-        r"tiny.*\n.*red\.png: 15 x 90",
+        r"tiny.*\n.*red\.png: 12 x 15",
     ),
     "long caption": (
         lambda f: (f / "red.txt").write_text("long " * 20),
@@ -243,7 +270,7 @@ BROKEN = {
         {},
         r"2 missing.*\n.*gone\.png",
     ),
-    "resolution": (lambda f: None, {"resolution": 40}, "40 is no multiple of 16"),
+    "resolution": (lambda f: None, {"resolution": 44}, "44 is no multiple of 8"),
     "too many held out": (lambda f: None, {"num_held_out": 6}, "leave none to train on"),
 }
 
@@ -287,13 +314,13 @@ def test_problems_may_be_allowed_by_name(folder, model, tmp_path, capsys):
 
 def test_a_dry_run_tells_and_leaves_nothing(folder, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
-    flags = {"dry_run": True, "repeats": 3, "num_train_epochs": 4, "max_train_steps": 1}
+    flags = {"dry_run": True, "repeats": 3, "num_train_epochs": 4, "max_train_steps": 0}
     train_lora(model, folder, tmp_path / "out", **flags)
     told = capsys.readouterr().out
     assert "6 pictures, 6 captions of" in told
     assert "32 x 32" in told
     assert "36 steps of 2 pictures are 4.0 epochs" in told  # 6 x 3 x 4 / 2
-    assert "GB of memory" in told
+    assert "GB on this cpu" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -310,11 +337,11 @@ def test_masks_and_the_prior_by_hand():
     assert loss.item() == pytest.approx((1 + (0.25 * 4 + 0.75 * 16)) / 2)
 
 
-class Half(torch.nn.Module):
-    """Predicts half of what it sees, whatever the words."""
+class Stub(torch.nn.Module):
+    """Predicts half of what it sees and a little of the words."""
 
     def forward(self, noisy, timesteps, words):
-        return noisy / 2
+        return noisy / 2 + words.float().mean((1, 2)).reshape(-1, 1, 1, 1)
 
 
 def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
@@ -341,29 +368,36 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
     train_lora(model, None, tmp_path / "out", dataset_config=file, **flags)
     task, loss = kept["task"], kept["loss"]
     rows = torch.tensor([4, 1])
-    found = loss(Half(), Batch(0, 9, rows, slice(0, 2)))
+    found = loss(Stub(), Batch(0, 9, rows, slice(0, 2)))
 
     batch = Batch(0, 9, rows, slice(0, 2))
     x_0, latent_mask, size = task.latents.draw(batch)
     assert size == (32, 32)
     assert latent_mask[0, 0].tolist() == [[0, 0, 1, 1]] * 4
     batch.uniform(), batch.uniform()  # which caption, and whether it is dropped
+    pictures = task.lesson.instances
+    own_words = task.encoders.states([pictures[row].captions[0] for row in (4, 1)])
     noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
     timesteps = batch.integers(1000)
-    of_class = task.latents.of_class[size][batch.rows_of(3, 2)]
+    class_rows = batch.rows_of(3, 2)
+    of_class = task.latents.of_class[size][class_rows]
+    shown = [task.lesson.classes[row].captions[0] for row in class_rows]
+    assert len(set(shown)) == 2
+    class_words = task.encoders.states(shown)
     class_noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
     class_timesteps = batch.integers(1000)
 
-    def expected(x, eps, t, weight):
+    def expected(x, eps, t, words, weight):
         a = task.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        error = ((a.sqrt() * x + (1 - a).sqrt() * eps) / 2 - eps).square()
+        spoken = words.float().mean((1, 2)).reshape(-1, 1, 1, 1)
+        error = ((a.sqrt() * x + (1 - a).sqrt() * eps) / 2 + spoken - eps).square()
         snr = (a / (1 - a)).flatten()
         weight = weight.expand_as(error)
         mean = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
         return (mean * snr.clamp(max=5) / snr).mean()
 
-    own = expected(x_0, noise, timesteps, latent_mask)
-    other = expected(of_class, class_noise, class_timesteps, torch.ones(1, 1, 1, 1))
+    own = expected(x_0, noise, timesteps, own_words, latent_mask)
+    other = expected(of_class, class_noise, class_timesteps, class_words, torch.ones(1, 1, 1, 1))
     assert found.item() == pytest.approx((own + 0.3 * other).item(), rel=1e-5)
 
 
@@ -414,7 +448,7 @@ def test_a_lora_learns_alone_and_works_elsewhere(layout, folder, model, tmp_path
 
 
 def test_a_fresh_lora_changes_nothing(folder, model, tmp_path):
-    file = train_lora(model, folder, tmp_path / "out", learning_rate=0.0, use_dora=True)
+    file = train_lora(model, folder, tmp_path / "out", learning_rate=1e-30, use_dora=True)
     pipe = LatentDiffusion.from_pretrained(model)
     request = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
     plain = pipe.generate("a dot", **request).images
@@ -422,7 +456,7 @@ def test_a_fresh_lora_changes_nothing(folder, model, tmp_path):
     assert abs(pipe.generate("a dot", **request).images - plain).max() < 1e-6
 
 
-def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path):
+def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, monkeypatch):
     file = train_lora(model, folder, tmp_path / "one", seed=5, snr_gamma=5.0, lora_dropout=0.5)
     with safe_open(file, "pt") as content:
         header = content.metadata()
@@ -442,6 +476,10 @@ def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "strange.safetensors")
     with pytest.raises(SystemExit):
         start("train_lora", **{"from": tmp_path / "strange.safetensors", "output_dir": "x"})
+    (folder / "red.txt").write_text("a red dot")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="the processes"):
+        start("train_lora", **{"from": file, "output_dir": tmp_path / "four"})
 
 
 def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, monkeypatch):
@@ -517,9 +555,12 @@ def test_new_embeddings_lie_behind_the_old_ones():
 def test_pivotal_tuning_learns_both(folder, model, tmp_path):
     for file in folder.glob("*.txt"):
         file.write_text("a dot like <x>")
-    file = train_lora(model, folder, tmp_path / "out", placeholder_token="<x>", text_encoder_lr=1.0)
+    file = train_lora(model, folder, tmp_path / "out", placeholder_token="<x>", embedding_lr=1.0)
     (vectors,) = load_file(tmp_path / "out" / "embeddings" / "out.safetensors").values()
     assert vectors.abs().max() > 1  # it moved at its own rate
+    (folder / "red.txt").write_text("a dot like another")
+    with pytest.raises(DataError, match=r"red\.png: its caption does not hold <x>"):
+        train_lora(model, folder, tmp_path / "silent", placeholder_token="<x>")
     assert read_lora(file).metadata["modelspec.trigger_phrase"] == "<x>"
 
 
@@ -546,15 +587,18 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
         "allow": ["duplicates"],
     }
     dreambooth(model, folder, tmp_path / "dry", dry_run=True, **prior)
-    assert "3 pictures of 'dot' would be drawn" in capsys.readouterr().out
+    assert "3 pictures of 'dot' will be drawn" in capsys.readouterr().out
+    assert not (tmp_path / "class").exists()
     dreambooth(model, folder, tmp_path / "one", **prior)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert sorted(drawn) == ["0000.png", "0001.png", "0002.png"]
+    assert sorted(drawn) == ["0000.png", "0001.png", "0002.png", "prompt.txt"]
     (tmp_path / "class" / "0001.png").unlink()  # as if it had been stopped
     dreambooth(model, folder, tmp_path / "two", **prior)
     assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
     one, two = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(DataError, match="holds pictures of 'dot'"):
+        dreambooth(model, folder, tmp_path / "x", **(prior | {"class_prompt": "cat"}))
     with pytest.raises(SystemExit):
         dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
     assert "--class_prompt and --class_data_dir" in capsys.readouterr().err
@@ -594,7 +638,7 @@ def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
         "gradient_accumulation_steps": 2,
         "lora_dropout": 0.2,
         "random_flip": True,
-        "checkpointing_steps": 1,
+        "checkpointing_steps": 3,
         "validation_steps": 1000,
         "proportion_empty_prompts": 0.3,
         "resume_from_checkpoint": "latest",
@@ -636,7 +680,7 @@ def test_the_best_checkpoint_stays(folder, model, tmp_path, monkeypatch):
     train_lora(model, folder, tmp_path / "out", **flags)
     names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert names == ["checkpoint-4", "checkpoint-best-2"]
-    assert (tmp_path / "out" / "checkpoint-best-2" / "out.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-best-2" / "result" / "out.safetensors").is_file()
     facts = json.loads((tmp_path / "out" / "checkpoint-best-2" / "state.json").read_text())
     assert facts["held_out_loss"] == 1.0
 
@@ -650,19 +694,98 @@ def test_what_is_not_finite_stops_the_run_and_names_the_files(folder, model, tmp
     monkeypatch.setattr(finetune.Task, "loss", loss)
     with pytest.raises(TrainingError, match=r"(?s)step 3 is nan.*\.png"):
         train_lora(model, folder, tmp_path / "out")
-    assert (tmp_path / "out" / "checkpoint-2" / "out.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-2" / "result" / "out.safetensors").is_file()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_gradient_checkpointing_and_precision(precision, folder, model, tmp_path):
-    flags = {"mixed_precision": precision, "max_train_steps": 2}
+def test_gradient_checkpointing_and_precision(folder, model, tmp_path, monkeypatch):
+    seen = []
+    real = finetune.run
+
+    def watched(denoiser, *arguments, **more):
+        seen.append((denoiser.unet.is_gradient_checkpointing, denoiser.unet.conv_in.weight.dtype))
+        real(denoiser, *arguments, **more)
+
+    monkeypatch.setattr(finetune, "run", watched)
+    flags = {"max_train_steps": 2, "random_flip": True}
     plain = load_file(train_lora(model, folder, tmp_path / "plain", **flags))
-    thrifty = load_file(
-        train_lora(model, folder, tmp_path / "thrifty", gradient_checkpointing=True, **flags)
+    thrifty = train_lora(model, folder, tmp_path / "thrifty", gradient_checkpointing=True, **flags)
+    half = load_file(train_lora(model, folder, tmp_path / "half", mixed_precision="bf16", **flags))
+    assert seen == [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+    for name, value in load_file(thrifty).items():
+        torch.testing.assert_close(value, plain[name])
+        assert half[name].dtype == torch.float32
+    assert any(not torch.equal(half[name], plain[name]) for name in plain)
+    with pytest.raises(TrainingError, match="fp16 trains on GPUs only"):
+        train_lora(model, folder, tmp_path / "fp16", mixed_precision="fp16")
+
+
+def test_kinds_of_adapters_differ(folder, model, tmp_path):
+    def learnt(name: str, **flags: object) -> dict[str, torch.Tensor]:
+        return load_file(train_lora(model, folder, tmp_path / name, rank=4, **flags))
+
+    plain, stable = learnt("plain"), learnt("stable", use_rslora=True)
+    dropped, dora = learnt("dropped", lora_dropout=0.5), learnt("dora", use_dora=True)
+    alphas = [name for name in plain if name.endswith(".alpha")]
+    assert {plain[name].item() for name in alphas} == {4.0}
+    assert {stable[name].item() for name in alphas} == {8.0}  # alpha / sqrt(4) is 8 / 4
+    ups = [name for name in plain if name.endswith("lora_up.weight")]
+    assert any(not torch.equal(plain[name], dropped[name]) for name in ups)
+    assert dora.keys() - plain.keys() == {name.replace(".alpha", ".dora_scale") for name in alphas}
+
+
+def test_pictures_are_mirrored_with_their_masks_and_repeated(folder, model, tmp_path):
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    tall = Image.open(folder / "red.png").resize((32, 64))
+    tall.save(folder / "red.png")
+    mask.resize((32, 64)).save(tmp_path / "tall.png")
+    pictures = [
+        Picture(folder / "red.png", ("a",), repeats=3, mask=tmp_path / "tall.png"),
+        Picture(folder / "blue.png", ("b",), mask=tmp_path / "mask.png", random_flip=True),
+        Picture(folder / "green.png", ("c",)),
+    ]
+    config = LoraConfigFlags(train_data_dir=folder, output_dir=tmp_path / "out", num_held_out=0)
+    pipe = LatentDiffusion.from_pretrained(model)
+    lesson = Lesson(config, find(model), pipe.tokenizer, pictures, None)
+    assert [sorted(group.tolist()) for group in lesson.groups()] == [[1, 2], [0, 0, 0]]
+    encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    latents = Latents(lesson, encoders, tmp_path / "out")
+    plain, mirrored = (
+        encoders.latents(pixels.flip(dims)) if dims else encoders.latents(pixels)
+        for pixels in pixel_batches([pictures[1]], (32, 32))
+        for dims in ((), (-1,))
     )
-    for name, value in plain.items():
-        torch.testing.assert_close(value, thrifty[name])
-        assert value.dtype == torch.float32
+    found = set()
+    for step in range(20):
+        drawn, masks, size = latents.draw(Batch(0, step, torch.tensor([1, 2]), slice(0, 2)))
+        assert size == (32, 32)
+        assert torch.equal(masks[1], torch.ones(1, 4, 4))
+        flipped = torch.allclose(drawn[:1], mirrored, atol=1e-5)
+        assert flipped != torch.allclose(drawn[:1], plain, atol=1e-5)
+        assert masks[0, 0, 0].tolist() == ([1, 1, 0, 0] if flipped else [0, 0, 1, 1])
+        found.add(flipped)
+    assert found == {True, False}
+    _, masks, size = latents.draw(Batch(0, 0, torch.tensor([0]), slice(0, 1)))
+    assert size == (48, 16)
+    assert masks.shape == (1, 1, 6, 2)
+
+
+def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
+    for flags, told in [
+        ({"keep_tokens": 1}, "keep_tokens has no effect without --shuffle_caption"),
+        ({"text_encoder_lr": 1e-4}, "without --train_text_encoder"),
+        ({"num_vectors": 2}, "without --placeholder_token"),
+        ({"enable_bucket": "false", "bucket_no_upscale": True}, "without --enable_bucket"),
+        ({"num_held_out": 1, "validation_data_dir": folder}, "without held-out pictures"),
+        ({"num_train_epochs": 3}, "max_train_steps or num_train_epochs, not both"),
+        ({"repeats": 0}, "repeats: 0"),
+        ({"output_name": "a/b"}, "no plain name"),
+        ({"optimizer": "muon"}, "adamw"),
+    ]:
+        with pytest.raises(SystemExit):
+            train_lora(model, folder, tmp_path / "out", **flags)
+        assert told in capsys.readouterr().err
 
 
 def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
