@@ -8,7 +8,8 @@ It writes two image folders in the layout of Hugging Face's imagefolder, picture
     data/icons/train/      fluent, flat, noto, twemoji: one icon a picture, on white
                            composed: backgrounds, places and sizes, counts, pairs
                            metadata.jsonl lists all of them; subjects.jsonl and everyday.jsonl the
-                           icons of those files beside this script, composed.jsonl the compositions
+                           icons of those files beside this script, everyday_noto.jsonl the latter
+                           in one style, composed.jsonl the compositions
     data/icons/held_out/   for fine-tuning examples: the style noto-v1, and the subjects of
                            held_out.txt in every style; nothing of it is in train/
 
@@ -355,7 +356,9 @@ def main() -> None:
                 drawn.append(icon)
     train = args.output_dir / "train"
     write_rows(train / "subjects.jsonl", [row for row in rows["train"] if row["name"] in subjects])
-    write_rows(train / "everyday.jsonl", [row for row in rows["train"] if row["name"] in everyday])
+    lesson = [row for row in rows["train"] if row["name"] in everyday]
+    write_rows(train / "everyday.jsonl", lesson)
+    write_rows(train / "everyday_noto.jsonl", [row for row in lesson if row["style"] == "noto"])
     composed = []
     (train / "composed").mkdir()
     known = [icon for icon in drawn if icon.name in subjects]

@@ -12,10 +12,14 @@ The text's projection is the identity: the pooled state itself is what pictures 
 the text encoder of a pipeline is the whole text half of this model. The result is a folder that
 `CLIPModel` and `CLIPProcessor` of transformers load, for train_text_to_image.py and for
 `latentgen evaluate --clip`.
+
+With `--pretrained_clip_path`, words are known already: only the image encoder learns, and the text
+encoder that U-Nets were trained on stays as it is.
 """
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,8 +43,10 @@ from latentgen.training.data import (
     random_crops,
     read_data,
     to_signal,
+    weights_key,
 )
 from latentgen.training.objective import contrastive_loss, distillation_loss
+from latentgen.training.pictures import Picture
 from latentgen.training.run import main, run, start
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -51,6 +57,9 @@ SHIFT = 8  # pixels by which a training picture moves in either direction
 
 @dataclass(kw_only=True)
 class CLIPRunConfig(DataConfig):
+    pretrained_clip_path: Path | None = flag(
+        None, help="a CLIP made by this script: only its image encoder learns on"
+    )
     vocab_size: int = flag(4096, help="tokens")
     word_batch_size: int = flag(192, help="words a step that it learns besides")
     teacher_temperature: float = flag(0.05, help="of the comparison with the sentence encoder")
@@ -143,6 +152,19 @@ class Student(nn.Module):
         return images, texts[:pictures], scale, self.head(texts)
 
 
+class ImageStudent(nn.Module):
+    """CLIP, of which only the image encoder learns: its texts are known vectors."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors of the pictures, and the logits' scale."""
+        images = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
+        return images, self.clip.logit_scale.exp().clamp(max=100)
+
+
 class Teacher:
     """The frozen sentence encoder: the mean of its token states over the real tokens."""
 
@@ -172,73 +194,114 @@ def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
+def shifted(pixels: Tensor, batch: Batch, resolution: int) -> Tensor:
+    """The batch's pictures, each moved a little: (B, 3, R, R) in [-1, 1]."""
+    top, left = batch.integers(2 * SHIFT + 1), batch.integers(2 * SHIFT + 1)
+    padded = F.pad(pixels[batch.rows], (SHIFT,) * 4, mode="replicate")
+    return to_signal(random_crops(padded, resolution, top, left))
+
+
+def one_caption(pictures: list[Picture], batch: Batch) -> list[str]:
+    """A caption of each picture of the batch."""
+    choice = batch.uniform().tolist()
+    return [
+        pictures[row].captions[int(at * len(pictures[row].captions))]
+        for row, at in zip(batch.rows.tolist(), choice, strict=True)
+    ]
+
+
+def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
+    """How many pictures find their own text among all; (N, D) each."""
+    similarity = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    ranks = (similarity > similarity.diagonal()[:, None]).sum(1)
+    return {f"retrieval_top_{k}": (ranks < k).float().mean().item() for k in (1, 5)}
+
+
+def see(clip: CLIPModel, pixels: Tensor) -> Tensor:
+    """Pictures (N, 3, R, R) in [-1, 1] to vectors (N, D)."""
+    parts = [clip.get_image_features(part).pooler_output for part in pixels.split(64)]
+    return torch.cat(parts)
+
+
 def train_clip() -> None:
     config = parse_config(CLIPRunConfig, __doc__.split("\n")[0])
     pictures, unseen, data = read_data(config, captions=True, at_most=512)
     pixels = torch.cat(list(pixel_batches(pictures, config.square)))  # (N, 3, R, R)
     held_out = to_signal(torch.cat(list(pixel_batches(unseen, config.square))))
-
+    names = [picture.captions[0] for picture in unseen]
     accelerator = start(config)
     device = accelerator.device
-    teacher = Teacher(device)
-    captions = sorted({caption for picture in pictures for caption in picture.captions})
-    words = teacher.words()
-    unknown, words = words[::50], [word for i, word in enumerate(words) if i % 50 != 0]
-    tokenizer = train_tokenizer([*captions, *words], config.vocab_size)
-    student = Student(build_clip(tokenizer, config.resolution), teacher.width)
+    held_out = held_out.to(device)
 
-    def loss_function(model: nn.Module, batch: Batch) -> Tensor:
-        choice = batch.uniform().tolist()
-        chosen = [
-            pictures[row].captions[int(at * len(pictures[row].captions))]
-            for row, at in zip(batch.rows.tolist(), choice, strict=True)
-        ]
-        top, left = batch.integers(2 * SHIFT + 1), batch.integers(2 * SHIFT + 1)
-        padded = F.pad(pixels[batch.rows], (SHIFT,) * 4, mode="replicate")
-        moved = random_crops(padded, config.resolution, top, left)
-        more = batch.rows_of(len(words), config.word_batch_size).tolist()
-        asked = chosen + [words[row] for row in more]
-        ids = encode(tokenizer, asked).to(device)
-        images, found, scale, spoken = model(ids, to_signal(moved).to(device), len(chosen))
-        told = distillation_loss(spoken, teacher(asked), config.teacher_temperature)
-        return contrastive_loss(images, found, scale) + told
+    if config.pretrained_clip_path is not None:
+        folder = config.pretrained_clip_path
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        clip = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device)
+        clip.text_model.requires_grad_(False)
+        data = f"{data} {weights_key(clip.text_model)}"
+        model: nn.Module = ImageStudent(clip)
+        captions = sorted({caption for picture in pictures for caption in picture.captions})
+        numbers = {caption: i for i, caption in enumerate([*captions, *names])}
+        with torch.no_grad():
+            asked = encode(tokenizer, list(numbers)).to(device).split(256)
+            texts = torch.cat([clip.text_model(ids).pooler_output for ids in asked])  # (N, D)
 
-    @torch.no_grad()
-    def validate(model: nn.Module) -> tuple[dict[str, float], None]:
-        """Of unseen pictures: how many find their own caption among all; of unseen words: how near
-        to the teacher's vector they are."""
-        names = [picture.captions[0] for picture in unseen]
-        asked = encode(tokenizer, names + unknown).to(device)
-        parts = [model(ids, held_out[:1].to(device), 1)[3].cpu() for ids in asked.split(256)]
-        spoken = F.normalize(torch.cat(parts)[len(names) :], dim=-1)
-        images = torch.cat(
-            [
-                model.clip.get_image_features(part.to(device)).pooler_output
-                for part in held_out.split(64)
-            ]
-        )
-        texts = model.clip.text_model(asked[: len(names)]).pooler_output
-        similarity = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
-        ranks = (similarity > similarity.diagonal()[:, None]).sum(1)
-        return {
-            "retrieval_top_1": (ranks < 1).float().mean().item(),
-            "retrieval_top_5": (ranks < 5).float().mean().item(),
-            "unknown_words_cosine": (spoken * teacher(unknown).cpu()).sum(1).mean().item(),
-        }, None
+        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+            chosen = [numbers[caption] for caption in one_caption(pictures, batch)]
+            images, scale = model(shifted(pixels, batch, config.resolution).to(device))
+            return contrastive_loss(images, texts[chosen], scale)
 
-    run(student, loss_function, config, accelerator, pictures, data, validate)
+        def validate(model: nn.Module) -> tuple[dict[str, float], None]:
+            own = texts[[numbers[name] for name in names]]
+            return retrieval(see(model.clip, held_out), own), None
+
+    else:
+        teacher = Teacher(device)
+        captions = sorted({caption for picture in pictures for caption in picture.captions})
+        words = teacher.words()
+        unknown, words = words[::50], [word for i, word in enumerate(words) if i % 50 != 0]
+        tokenizer = train_tokenizer([*captions, *words], config.vocab_size)
+        clip = build_clip(tokenizer, config.resolution)
+        model = Student(clip, teacher.width)
+
+        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+            chosen = one_caption(pictures, batch)
+            moved = shifted(pixels, batch, config.resolution)
+            more = batch.rows_of(len(words), config.word_batch_size).tolist()
+            asked = chosen + [words[row] for row in more]
+            ids = encode(tokenizer, asked).to(device)
+            images, found, scale, spoken = model(ids, moved.to(device), len(chosen))
+            told = distillation_loss(spoken, teacher(asked), config.teacher_temperature)
+            return contrastive_loss(images, found, scale) + told
+
+        def validate(model: nn.Module) -> tuple[dict[str, float], None]:
+            """Of unseen words as well: how near to the teacher's vector they are."""
+            asked = encode(tokenizer, names + unknown).to(device)
+            parts = [model(ids, held_out[:1], 1)[3].cpu() for ids in asked.split(256)]
+            spoken = F.normalize(torch.cat(parts)[len(names) :], dim=-1)
+            texts = model.clip.text_model(asked[: len(names)]).pooler_output
+            cosine = (spoken * teacher(unknown).cpu()).sum(1).mean().item()
+            return retrieval(see(model.clip, held_out), texts) | {
+                "unknown_words_cosine": cosine
+            }, None
+
+    run(model, loss_function, config, accelerator, pictures, data, validate)
     if accelerator.is_main_process:
-        student.clip.to("cpu").save_pretrained(config.output_dir)
-        tokenizer.save_pretrained(config.output_dir)
-        tokenizer.backend_tokenizer.model.save(str(config.output_dir))  # vocab.json, merges.txt
-        side = {"height": config.resolution, "width": config.resolution}
-        CLIPImageProcessorPil(
-            size=side,
-            do_center_crop=False,
-            crop_size=side,
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-        ).save_pretrained(config.output_dir)
+        save_clip(clip.to("cpu"), tokenizer, config)
+
+
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, config: CLIPRunConfig) -> None:
+    clip.save_pretrained(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+    tokenizer.backend_tokenizer.model.save(str(config.output_dir))  # vocab.json, merges.txt
+    side = {"height": config.resolution, "width": config.resolution}
+    CLIPImageProcessorPil(
+        size=side,
+        do_center_crop=False,
+        crop_size=side,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    ).save_pretrained(config.output_dir)
 
 
 if __name__ == "__main__":
