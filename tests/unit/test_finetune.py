@@ -625,15 +625,16 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / f"{output.name}.safetensors")
 
 
-@pytest.mark.parametrize("flags", [{}, {"train_text_encoder": True, "ema_decay": 0.9}])
 def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
-    flags, folder, model, tmp_path, monkeypatch
+    folder, model, tmp_path, monkeypatch
 ):
     """At every one of 40 steps, in mid-epoch (six pictures, four a step, two buckets) and in
     mid-accumulation."""
     Image.new("RGB", (64, 32), "red").save(folder / "red.png")
     Image.new("RGB", (64, 32), "blue").save(folder / "blue.png")
-    settings = flags | {
+    settings = {
+        "train_text_encoder": True,
+        "ema_decay": 0.9,
         "max_train_steps": 40,
         "gradient_accumulation_steps": 2,
         "lora_dropout": 0.2,
