@@ -69,8 +69,8 @@ def vae(folder, runs) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip(folder, runs) -> Path:
-    out = runs / "clip"
+def clip_text(folder, runs) -> Path:
+    out = runs / "clip-text"
     said = launch(
         *("train_clip.py", "--train_data_dir", folder, "--output_dir", out, "--resolution", 64),
         *("--max_train_steps", 2, "--train_batch_size", 4, "--word_batch_size", 4),
@@ -78,6 +78,26 @@ def clip(folder, runs) -> Path:
     )
     assert "retrieval_top_1" in said
     return out
+
+
+@pytest.fixture(scope="module")
+def clip(folder, clip_text, runs) -> Path:
+    out = runs / "clip"
+    launch(
+        *("train_clip.py", "--train_data_dir", folder, "--output_dir", out, "--resolution", 64),
+        *("--max_train_steps", 2, "--train_batch_size", 4, "--pretrained_clip_path", clip_text),
+    )
+    return out
+
+
+def test_the_image_encoder_learns_on_alone(clip_text, clip):
+    before, after = (load_file(path / "model.safetensors") for path in (clip_text, clip))
+    learnt = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in learnt} == {
+        "vision_model",
+        "visual_projection",
+        "logit_scale",
+    }
 
 
 def drawing(folder, vae, clip, out, *more) -> list:
