@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import __version__
 from .errors import InvalidRequest, LatentgenError
 from .modelfolder import DEFAULT_MODEL
 
@@ -27,12 +28,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="latentgen",
-    help="Pictures from text with latent diffusion; offline, with a small model of its own inside.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latentgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which one this is.", callback=_version)
+    ] = False,
+) -> None:
+    """Pictures from text with latent diffusion; offline, with a small model of its own inside."""
+
 
 # The flags, once; the commands below choose from them.
 Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]

@@ -25,13 +25,18 @@ __all__ = [
     "contact_sheet",
     "load_image",
     "load_mask",
+    "picture_files",
     "read_pictures",
     "to_pil",
     "to_tensor",
 ]
 
 MAX_PIXELS = 8192 * 8192
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".avif", ".gif", ".tif", ".tiff"}
+)
+# Listed as pictures too, so that a file that cannot be read is named and not passed over.
+FOREIGN = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef"})
 
 
 def load_image(source: Any, field: str = "image") -> Image.Image:
@@ -114,13 +119,20 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> 
     return sheet
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """Every picture below a folder, in the order of their paths; also those of kinds that cannot
+    be read."""
+    endings = SUFFIXES | FOREIGN
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
+
+
 def read_pictures(folder: str | Path) -> list[Image.Image]:
     """Every picture below a folder in the order of their paths, in RGB on white.
 
     Raises:
         InvalidRequest: there is none, or one of them cannot be read; it is named.
     """
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = picture_files(Path(folder))
     if not files:
         raise InvalidRequest("folder", str(folder), f"it holds no picture ({sorted(SUFFIXES)})")
     return [load_image(file, "picture") for file in files]

@@ -9,7 +9,9 @@ It writes two image folders in the layout of Hugging Face's imagefolder, picture
                            composed: backgrounds, places and sizes, counts, pairs
                            metadata.jsonl lists all of them; subjects.jsonl and everyday.jsonl the
                            icons of those files beside this script, everyday_noto.jsonl the latter
-                           in one style, composed.jsonl the compositions
+                           in one style, composed.jsonl the compositions, and styles.jsonl the
+                           everyday icons with a background each, where a name without a style
+                           means one style only
     data/icons/held_out/   for fine-tuning examples: the style noto-v1, and the subjects of
                            held_out.txt in every style; nothing of it is in train/
 
@@ -37,6 +39,7 @@ import resvg_py
 from PIL import Image, ImageColor
 
 HERE = Path(__file__).parent
+USUAL_STYLE = "noto"  # of names without a style, in the lessons that want one picture a name
 ICON_PACKAGES = {  # style: package, licence, author
     "fluent": ("@iconify-json/fluent-emoji@1.2.7", "MIT", "Microsoft Corporation"),
     "flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Microsoft Corporation"),
@@ -285,6 +288,22 @@ def compose(
             yield stem, icon, picture, texts
 
 
+def one_picture_a_name(icons: list[dict], composed: list[dict]) -> list[dict]:
+    """The icons and the first background of each; captions without a style stay in one style."""
+    names = {row["name"] for row in icons}
+    on_colour = [row for row in composed if row["name"] in names and is_on_background(row)]
+    first = {(row["style"], row["name"]): row for row in reversed(on_colour)}
+    rows = []
+    for row in icons + [row for row in on_colour if row is first[row["style"], row["name"]]]:
+        texts = [text for text in row["text"] if text.endswith(" style")]
+        rows.append(row if row["style"] == USUAL_STYLE else row | {"text": texts})
+    return rows
+
+
+def is_on_background(row: dict) -> bool:
+    return Path(row["file_name"]).stem.rsplit("-", 1)[-1] in BACKGROUNDS
+
+
 def write_rows(file: Path, rows: list[dict]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -358,7 +377,8 @@ def main() -> None:
     write_rows(train / "subjects.jsonl", [row for row in rows["train"] if row["name"] in subjects])
     lesson = [row for row in rows["train"] if row["name"] in everyday]
     write_rows(train / "everyday.jsonl", lesson)
-    write_rows(train / "everyday_noto.jsonl", [row for row in lesson if row["style"] == "noto"])
+    usual = [row for row in lesson if row["style"] == USUAL_STYLE]
+    write_rows(train / "everyday_noto.jsonl", usual)
     composed = []
     (train / "composed").mkdir()
     known = [icon for icon in drawn if icon.name in subjects]
@@ -367,6 +387,7 @@ def main() -> None:
         facts = {"name": icon.name, "style": icon.style}
         composed.append({"file_name": f"composed/{stem}.png", "text": texts, **facts})
     write_rows(train / "composed.jsonl", composed)
+    write_rows(train / "styles.jsonl", one_picture_a_name(lesson, composed))
     write_rows(train / "metadata.jsonl", rows["train"] + composed)
     write_rows(args.output_dir / "held_out" / "metadata.jsonl", rows["held_out"])
     (args.output_dir / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))

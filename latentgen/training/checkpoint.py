@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,12 +42,40 @@ def save_checkpoint(
 
     `data` is the data's fingerprint; `export` puts the result so far (of the averaged weights),
     ready for use, into the checkpoint's folder `result`.
+
+    Raises TrainingError when it cannot be written; the ones before it stay.
     """
     prefix = PREFIX if best is None else BEST
     final = config.output_dir / f"{prefix}{state.step}"
     partial = config.output_dir / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        _write(state, config, accelerator, data, partial, export, best)
+    except (OSError, SafetensorError) as error:  # a full disk, most of the time
+        shutil.rmtree(partial, ignore_errors=True)
+        there = checkpoints(config.output_dir)
+        last = f"the last one is {there[-1]}" if there else "there is none before it"
+        raise TrainingError(f"{final} cannot be written: {error}; {last}") from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _flush(config.output_dir)
+    limit = config.checkpoints_total_limit if best is None else 1
+    for old in checkpoints(config.output_dir, prefix)[:-limit]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(
+    state: TrainState,
+    config: RunConfig,
+    accelerator: Accelerator,
+    data: str,
+    folder: Path,
+    export: Export | None,
+    best: float | None,
+) -> None:
+    """All of a checkpoint, flushed to the disk."""
+    folder.mkdir(parents=True)
     moments = state.optimizer.state_dict()["state"]
     parts: dict[str, Mapping[str, Tensor]] = {
         "model": state.weights,
@@ -59,13 +88,13 @@ def save_checkpoint(
     }
     hashes = {}
     for part, tensors in parts.items():
-        file = partial / f"{part}.safetensors"
+        file = folder / f"{part}.safetensors"
         # copies: 8-bit optimizers share tables between parameters, which files cannot hold
         own = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
         save_file(own, file)
         hashes[file.name] = _sha256(file)
     if export is not None:
-        result = partial / "result"
+        result = folder / "result"
         result.mkdir()
         with averaged(state):
             export(result)
@@ -78,16 +107,9 @@ def save_checkpoint(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "sha256": hashes,
     }
-    (partial / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
-    for path in [*partial.rglob("*"), partial]:
+    (folder / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for path in [*folder.rglob("*"), folder]:
         _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _flush(config.output_dir)
-    limit = config.checkpoints_total_limit if best is None else 1
-    for old in checkpoints(config.output_dir, prefix)[:-limit]:
-        shutil.rmtree(old)
-    return final
 
 
 def checkpoints(output_dir: Path, prefix: str = PREFIX) -> list[Path]:

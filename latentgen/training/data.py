@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,11 @@ def read_data(
 ) -> tuple[list[Picture], list[Picture], str]:
     """A run's pictures to train on, pictures held out to measure with (spread over their folder,
     at most so many), and the fingerprint of both."""
-    allow = config.allow
-    pictures = read_folder(config.train_data_dir, config.metadata_file)
-    checked = check_pictures(pictures, captions=captions, allow=allow)
+    check = partial(check_pictures, captions=captions, allow=config.allow, seen={})
+    checked = check(read_folder(config.train_data_dir, config.metadata_file))
     pictures, data = checked.pictures, checked.fingerprint
     if config.validation_data_dir is not None:
-        checked = check_pictures(
-            read_folder(config.validation_data_dir), captions=captions, allow=allow
-        )
+        checked = check(read_folder(config.validation_data_dir))
         unseen, data = checked.pictures, data + checked.fingerprint
     else:
         last = len(pictures) - 1

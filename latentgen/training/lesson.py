@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from latentgen import modelfolder
 from latentgen.errors import DataError, TrainingError
+from latentgen.images import picture_files
 from latentgen.modelfolder import Model
 from latentgen.training.buckets import Size, bucket_of, bucket_sizes
 from latentgen.training.config import RunConfig, flag, needs
@@ -24,7 +25,6 @@ from latentgen.training.pictures import (
     Picture,
     check_pictures,
     load_loss_mask,
-    picture_files,
     read_dataset,
     read_folder,
     read_kohya,
@@ -229,6 +229,7 @@ class Lesson:
         self.limit = tokenizer.model_max_length - 2
         self._length = lambda caption: len(tokenizer(caption, add_special_tokens=False).input_ids)
 
+        self._seen: dict[str, Path] = {}  # a picture must not be of two kinds, either
         instances = self._check([picture for picture in pictures if not picture.is_reg])
         self.warnings = [instances.warnings]
         self.fingerprint = instances.fingerprint
@@ -279,6 +280,7 @@ class Lesson:
             too_small=self._too_small,
             too_long=lambda caption: self._length(caption) > self.limit,
             at_least=at_least,
+            seen=self._seen,
         )
 
     def _too_small(self, size: tuple[int, int]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from latentgen.errors import DataError, InvalidRequest
-from latentgen.images import SUFFIXES, load_image
+from latentgen.images import SUFFIXES, load_image, picture_files
 
 SHOWN = 10  # problems of one kind that an error lists by name
 ORDERS = 8  # of a shuffled caption's tags
@@ -70,11 +70,6 @@ def read_folder(folder: Path, metadata_file: str = "metadata.jsonl") -> list[Pic
     if metadata_file != "metadata.jsonl":
         raise DataError(f"{listing} does not exist")
     return [Picture(file, _text_beside(file)) for file in picture_files(folder)]
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Every picture below a folder, in the order of their paths."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def read_dataset(
@@ -254,16 +249,18 @@ def check_pictures(
     too_small: Callable[[tuple[int, int]], bool] = lambda size: False,
     too_long: Callable[[str], bool] = lambda caption: False,
     at_least: int = 2,
+    seen: dict[str, Path] | None = None,
 ) -> Checked:
     """Open every picture and raise one DataError that names all that is wrong: too few, missing,
     unreadable or truncated files, no caption, the same pixels twice, sizes (width, height) that
     are `too_small`, captions that are `too_long`, masks that fit no picture or hide all of it.
-    Kinds that `allow` names (see ALLOWABLE) become warnings."""
+    Kinds that `allow` names (see ALLOWABLE) become warnings. `seen`: the pixels of pictures that
+    were checked before, to which these are added."""
     if len(pictures) < at_least:
         found = "no picture" if not pictures else f"only one picture, {pictures[0].file}"
         raise DataError(f"found {found}; at least {at_least} are needed, {sorted(SUFFIXES)}")
     problems: dict[str, list[str]] = {}
-    seen: dict[str, Path] = {}
+    seen = {} if seen is None else seen
     fingerprint = hashlib.sha256()
     kept, sizes = [], []
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import latentgen
 from latentgen import LatentDiffusion, cli, metadata
 from latentgen.schedulers import NAMES
 
@@ -247,11 +248,18 @@ def test_the_lists_name_everything(run):
     told = run("schedulers").stdout
     assert all(name in told for name in NAMES)
     assert "latentgen-icons-128" in run("models").stdout
+    assert run("--version").stdout == f"latentgen {latentgen.__version__}\n"
 
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["generate", "--help"], ["generate", ""], ["generate", "x", "--steps", "zero"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["generate", ""],
+        ["generate", "x", "--steps", "zero"],
+    ],
 )
 def test_help_and_errors_in_the_arguments_do_not_import_torch(words):
     code = (

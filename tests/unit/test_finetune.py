@@ -250,6 +250,16 @@ BROKEN = {
         {},
         r"1 duplicates.*\n.*red\.png = .*green\.png",
     ),
+    "of two kinds": (
+        lambda f: draw_pictures(f.parent / "unseen", 1),
+        {"validation_data_dir": "../unseen"},
+        r"1 duplicates.*\n.*unseen",
+    ),
+    "of a kind that is not read": (
+        lambda f: (f / "photo.heic").write_bytes(b"ftypheic"),
+        {"allow": ["uncaptioned"]},
+        r"1 unreadable.*\n.*photo\.heic",
+    ),
     "tiny": (
         lambda f: Image.new("RGB", (12, 15), "red").save(f / "red.png"),
         {},
@@ -539,7 +549,7 @@ def test_a_word_learns_alone(count, folder, model, tmp_path):
     first, last = (Image.open(p) for p in sorted((tmp_path / "word" / "samples").iterdir()))
     drawn = pipe.generate("a dot like <x>", seed=0).image
     assert list(drawn.getdata()) == list(last.getdata())  # as the training drew it
-    assert list(first.getdata()) != list(last.getdata())
+    assert first.tobytes() != last.tobytes()
 
 
 def test_new_embeddings_lie_behind_the_old_ones():

@@ -1,5 +1,6 @@
 """The training core: the objective by hand, the data, the loop, exact resume, the tokenizer."""
 
+import errno
 import json
 import os
 import signal
@@ -17,8 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from latentgen.errors import DataError, TrainingError
-from latentgen.training import objective
-from latentgen.training.checkpoint import checkpoints, resolve_checkpoint
+from latentgen.training import checkpoint, objective
+from latentgen.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from latentgen.training.config import DataConfig, flag, parse_config
 from latentgen.training.data import (
     Batch,
@@ -633,6 +639,60 @@ def test_checkpoints_are_whole_counted_and_free_of_pickles(tmp_path):
     files = {path.suffix for path in config.output_dir.rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
     assert not list(config.output_dir.glob(".*"))
+
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+
+
+def die_at_file_event(last: int) -> None:
+    """Kill this process, SIGKILL, just before it touches a file for the `last` time."""
+    left = iter(range(last - 1))
+
+    def count(event, _):
+        if event in FILE_EVENTS and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def test_killed_two_hundred_times_while_saving_the_last_checkpoint_loads(tmp_path):
+    config = small_config(tmp_path, checkpoints_total_limit=1)
+    accelerator, state = accelerator_for(config), new_state(small_model(), config)
+    found = [0]
+    for kill in range(200):
+        child = os.fork()
+        if child == 0:
+            die_at_file_event(last=1 + kill % 70)
+            while True:
+                state.step += 1
+                for weight in state.weights.values():
+                    weight.data.fill_(state.step)
+                save_checkpoint(state, config, accelerator, "data")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        if (latest := resolve_checkpoint(config)) is not None:
+            load_checkpoint(state, latest, config, accelerator, "data")
+            assert latest.name == f"checkpoint-{state.step}"
+            assert all((weight == state.step).all() for weight in state.weights.values())
+            found.append(state.step)
+    assert found == sorted(found)
+    assert found[-1] > 100
+    assert list(config.output_dir.glob(".*.partial"))  # the last kill was in mid-save
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, monkeypatch):
+    config = small_config(tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fills_up(path: Path) -> None:
+        if ".checkpoint-4" in str(path):
+            raise full
+
+    monkeypatch.setattr(checkpoint, "_flush", fills_up)
+    with pytest.raises(TrainingError, match=r"checkpoint-4 .*No space left.*is .*checkpoint-2"):
+        whole_run(config)
+    assert [path.name for path in config.output_dir.iterdir() if path.is_dir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert same_weights(whole_run(config), whole_run(small_config(tmp_path / "whole")))
 
 
 def test_a_run_never_starts_over_the_checkpoints_of_another(tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m latentgen` is the command `latentgen`."""
+
+from .cli import main
+
+main()
