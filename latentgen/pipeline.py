@@ -11,7 +11,7 @@ and inpainting are one method, `_draw`, and differ only in the data they hand to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -413,10 +413,34 @@ class LatentDiffusion(
         """
         return self.draw(Request(prompt=prompt, negative_prompt=negative_prompt, **options))
 
+    def resolve(self, request: Request) -> ResolvedRequest:
+        """The request as this model would draw it, with its LoRAs; see `Request.resolve`."""
+        return request.resolve(self.model, {name: use for name, (use, _) in self._loras.items()})
+
+    def split(self, result: Result, requests: Sequence[ResolvedRequest]) -> list[Result]:
+        """Give each request that was drawn together (`latentgen.request.together`) its own
+        pictures. `seconds` stays the time of all."""
+        parts, first = [], 0
+        for request in requests:
+            last = first + len(request.seeds)
+            settings = {k: v for k, v in result.settings.items() if k != "embeddings"}
+            settings |= self._embeddings_in(request)
+            parts.append(
+                replace(
+                    result,
+                    images=result.images[first:last],
+                    seeds=request.seeds,
+                    request=request,
+                    settings=settings,
+                )
+            )
+            first = last
+        return parts
+
     def draw(self, request: Request) -> Iterator[Step]:
         """`stream`, for a request that is made already."""
         loaded = dict(self._loras)
-        resolved = request.resolve(self.model, {name: use for name, (use, _) in loaded.items()})
+        resolved = self.resolve(request)
         loras = []
         for use in resolved.loras:
             own, adapter = loaded.get(use.name, (None, None))

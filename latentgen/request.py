@@ -12,7 +12,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
 from PIL import Image
@@ -31,6 +31,8 @@ __all__ = [
     "OUTPUT_TYPES",
     "Request",
     "ResolvedRequest",
+    "can_join",
+    "together",
 ]
 
 MAX_SIDE = 4096  # pixels
@@ -297,6 +299,7 @@ class ResolvedRequest(Request):
     height: int
     width: int
     loras: tuple[LoraUse, ...] = ()
+    picture_seeds: tuple[int, ...] | None = None  # of requests drawn together
 
     @property
     def steps_run(self) -> int:
@@ -307,7 +310,43 @@ class ResolvedRequest(Request):
     @property
     def seeds(self) -> list[int]:
         """The seed of each picture; all pictures of one prompt together."""
+        if self.picture_seeds is not None:
+            return list(self.picture_seeds)
         return [self.seed + i for i in range(len(self.prompt) * self.num_images)]
+
+
+# Requests may differ in these and still be drawn together.
+_MAY_DIFFER = {"prompt", "negative_prompt", "seed", "num_images", "picture_seeds"}
+
+
+def can_join(one: ResolvedRequest, other: ResolvedRequest) -> bool:
+    """Whether two requests can be drawn in one batch: both from text, alike but for what they say
+    and their seeds."""
+    if one.mode != "txt2img" or other.mode != "txt2img":
+        return False
+    alike = (item.name for item in fields(one) if item.name not in _MAY_DIFFER)
+    return all(getattr(one, name) == getattr(other, name) for name in alike)
+
+
+def together(requests: Sequence[ResolvedRequest]) -> ResolvedRequest:
+    """One request for the pictures of several, in their order; each picture keeps its own seed, so
+    it is the one that its own request gives. Split the result with `LatentDiffusion.split`."""
+    first = requests[0]
+    assert all(can_join(first, other) for other in requests[1:])
+    prompts: list[str] = []
+    negatives: list[str] = []
+    for request in requests:
+        own = request.negative_prompt or ("",) * len(request.prompt)
+        for prompt, negative in zip(request.prompt, own, strict=True):
+            prompts += [prompt] * request.num_images
+            negatives += [negative] * request.num_images
+    return replace(
+        first,
+        prompt=tuple(prompts),
+        negative_prompt=tuple(negatives) if any(negatives) else None,
+        num_images=1,
+        picture_seeds=tuple(seed for request in requests for seed in request.seeds),
+    )
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

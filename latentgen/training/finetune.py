@@ -482,4 +482,4 @@ def _learns(module: nn.Module) -> bool:
 
 def _expect(what: str, wanted: Any, found: Any) -> None:
     if wanted is not None and wanted != found:
-        raise TrainingError(f"{what} are not those of the run to repeat: {found}, not {wanted}")
+        raise TrainingError(f"{what}: not as in the run to repeat, {found} and not {wanted}")

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARITY = "parity/test_against_diffusers.py::"
 TRAINING = "unit/test_training.py::"
+TUNING = "unit/test_finetune.py::"
 LORA = "unit/test_lora.py::"
 
 
@@ -290,6 +291,53 @@ TABLE = [
              LORA + "test_a_tag_says"),
     Mutation("another LoRA is not told", "metadata", "if before.get(use.name) != _told(use):",
              "if False:", LORA + "test_another_or_a_missing"),
+    Mutation("masks are ignored", "training/finetune",
+             "instance_mask = None if mask is None else mask[own]", "instance_mask = None",
+             TUNING + "test_the_loss_of_a_batch"),
+    Mutation("the class weighs as much as the subject", "training/finetune",
+             "return instance + self.config.prior_loss_weight * of_class",
+             "return instance + of_class", TUNING + "test_the_loss_of_a_batch"),
+    Mutation("min-SNR does not reach the loss", "training/finetune",
+             "self.config.snr_gamma or None, self.config.loss)", "None, self.config.loss)",
+             TUNING + "test_the_loss_of_a_batch"),
+    Mutation("no noise offset", "training/finetune", "if self.config.noise_offset:", "if False:",
+             TUNING + "test_the_loss_of_a_batch"),
+    Mutation("a mirrored picture keeps its mask", "training/finetune",
+             "torch.where(column, mask.flip(-1), mask)", "mask",
+             TUNING + "test_pictures_are_mirrored"),
+    Mutation("another model repeats the run", "training/finetune",
+             '_expect("the model", config.expect_model, found.hash())', "pass",
+             TUNING + "test_the_file_tells"),
+    Mutation("the class is drawn again", "training/finetune",
+             "missing = [file for file in files if not file.exists()]", "missing = files",
+             TUNING + "test_dreambooth_draws"),
+    Mutation("a word learns at the LoRA's rate", "training/methods",
+             "return Method(adapt, export, lambda name: rate / config.learning_rate)",
+             "return Method(adapt, export)", TUNING + "test_pivotal"),
+    Mutation("the text encoder learns at the U-Net's rate", "training/methods",
+             'return share if name.startswith("text_encoder.") else 1.0', "return 1.0",
+             TUNING + "test_settings_reach"),
+    Mutation("the text encoder's half is not in the file", "training/methods",
+             "collect_lora(pipe.unet, pipe.text_encoder if config.train_text_encoder else None)",
+             "collect_lora(pipe.unet, None)", TUNING + "test_a_lora_learns"),
+    Mutation("rank-stabilised is forgotten", "training/methods",
+             "use_rslora=config.use_rslora,\n        init", "init", TUNING + "test_kinds_of"),
+    Mutation("repeats are ignored", "training/lesson", "rows[inside].repeat_interleave(repeats[inside])",
+             "rows[inside]", TUNING + "test_pictures_are_mirrored"),
+    Mutation("pictures are stretched", "training/data",
+             "ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)",
+             "image.resize(size[::-1], Image.Resampling.LANCZOS)", TRAINING + "test_pixels_are"),
+    Mutation("dropout draws on from where it was", "training/loop",
+             "torch.manual_seed(step_generator(config.seed, state.step, start + 2).initial_seed())",
+             "pass", TUNING + "test_a_run_killed"),
+    Mutation("the last is taken for the best", "training/run",
+             "if state.step > 0 and loss < best_loss(config.output_dir):", "if state.step > 0:",
+             TUNING + "test_the_best_checkpoint"),
+    Mutation("a checkpoint is written in place", "training/checkpoint",
+             'partial = config.output_dir / f".{final.name}.partial"', "partial = final",
+             TRAINING + "test_killed_two_hundred"),
+    Mutation("a picture may be held out and trained on", "training/lesson", "seen=self._seen,", "",
+             TUNING + "test_what_is_wrong"),
 ]  # fmt: skip
 
 
@@ -307,7 +355,7 @@ def copy(tmp_path_factory):
     """The package and its tests, to be broken; the bundled model stays where it is."""
     root = tmp_path_factory.mktemp("mutated")
     ignored = shutil.ignore_patterns("models", "__pycache__", "mutations")
-    for name in ("latentgen", "tests"):
+    for name in ("latentgen", "training", "tests"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
     (root / "latentgen" / "models").symlink_to(ROOT / "latentgen" / "models")
     shutil.copy(ROOT / "pyproject.toml", root)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentgen import latents
+from latentgen.request import Request, can_join, together
 
 STOCHASTIC = ["euler_a", "dpm++_2m_sde", "dpm2_a", "ddpm", "lcm"]
 
@@ -88,3 +89,31 @@ def test_two_streams_stepped_in_turn_do_not_disturb_each_other(pipe):
     *_, last = zip(*streams, strict=True)
     for step, expected in zip(last, alone, strict=True):
         np.testing.assert_array_equal(step.result.images, expected)
+
+
+def test_requests_drawn_together_are_those_drawn_alone(pipe):
+    shared = {"num_inference_steps": 2, "output_type": "np", "scheduler": "euler_a"}
+    asked = [
+        Request(prompt="a cat", seed=5, num_images=2, **shared),
+        Request(prompt=["a dog", "a cow"], negative_prompt="blue", seed=9, **shared),
+        Request(prompt="a cat", seed=5, **shared),
+    ]
+    resolved = [pipe.resolve(request) for request in asked]
+    whole = together(resolved)
+    assert whole.seeds == [5, 6, 9, 10, 5]
+    *_, last = pipe.draw(whole)
+    parts = pipe.split(last.result, resolved)
+    for part, request in zip(parts, resolved, strict=True):
+        *_, alone = pipe.draw(request)
+        assert (part.request, part.seeds) == (request, alone.result.seeds)
+        np.testing.assert_allclose(part.images, alone.result.images, atol=1e-5)
+
+
+def test_only_alike_requests_join(pipe, picture):
+    first = pipe.resolve(Request(prompt="a cat", seed=1))
+    others = [{"guidance_scale": 2}, {"height": 16}, {"scheduler": "ddim"}, {"image": picture}]
+    others += [{"num_inference_steps": 3}, {"eta": 0.5, "scheduler": "ddim"}, {"loras": []}]
+    joins = [can_join(first, pipe.resolve(Request(prompt="b", **other))) for other in others]
+    assert joins == [False] * (len(others) - 1) + [True]
+    with_picture = pipe.resolve(Request(prompt="a cat", image=picture))
+    assert not can_join(with_picture, with_picture)

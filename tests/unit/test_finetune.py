@@ -374,7 +374,7 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
         kept.update(loss=loss, task=loss.__self__)
 
     monkeypatch.setattr(finetune, "run", keep)
-    flags = {"prior_loss_weight": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1}
+    flags = {"prior_loss_weight": 0.3, "snr_gamma": 0.1, "noise_offset": 0.1}
     train_lora(model, None, tmp_path / "out", dataset_config=file, **flags)
     task, loss = kept["task"], kept["loss"]
     rows = torch.tensor([4, 1])
@@ -404,7 +404,7 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
         snr = (a / (1 - a)).flatten()
         weight = weight.expand_as(error)
         mean = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
-        return (mean * snr.clamp(max=5) / snr).mean()
+        return (mean * snr.clamp(max=0.1) / snr).mean()
 
     own = expected(x_0, noise, timesteps, own_words, latent_mask)
     other = expected(of_class, class_noise, class_timesteps, class_words, torch.ones(1, 1, 1, 1))
@@ -481,15 +481,17 @@ def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     (folder / "red.txt").write_text("something else")
-    with pytest.raises(TrainingError, match="the pictures are not those"):
+    with pytest.raises(TrainingError, match="the pictures: not as in"):
         start("train_lora", **{"from": file, "output_dir": tmp_path / "three"})
     save_file({"a": torch.ones(1)}, tmp_path / "strange.safetensors")
     with pytest.raises(SystemExit):
         start("train_lora", **{"from": tmp_path / "strange.safetensors", "output_dir": "x"})
     (folder / "red.txt").write_text("a red dot")
+    with pytest.raises(TrainingError, match="the model: not as in"):
+        start("train_lora", **{"from": file, "output_dir": tmp_path / "four", "expect_model": "0"})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="the processes"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "four"})
+        start("train_lora", **{"from": file, "output_dir": tmp_path / "five"})
 
 
 def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, monkeypatch):
