@@ -1,0 +1,189 @@
+"""The worker process as the server sees it: started, started again when it dies, and listened to.
+
+What it tells (steps, previews, ends) is kept here for those who follow a job. None of it is needed
+to lose nothing: it is gone when the server is, and the database is asked whenever it matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .jobs import Jobs, JobState
+from .settings import Settings
+
+__all__ = ["Live", "Progress"]
+
+ASK_AGAIN = 2.0  # seconds after which the database is asked, if the worker tells nothing
+RESTART = 0.5  # seconds before a worker that died is started again
+LINE = 64 * 2**20  # bytes; previews are lines
+WEIGHT = 0.2  # of the newest job in the mean time of jobs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Follower:
+    """Somebody who waits. `ask`: the database may know more than the last time."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ask: bool = True
+
+
+@dataclass
+class Progress:
+    """How far a drawing is. `previews`: PNG files, in their order."""
+
+    index: int = 0  # steps that are done
+    total: int = 0
+    started: float = field(default_factory=time.monotonic)
+    previews: list[bytes] = field(default_factory=list)
+
+    @property
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return self.index / self.total if self.total else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the steps so far; None before the first."""
+        if not self.index:
+            return None
+        return (time.monotonic() - self.started) * (self.total - self.index) / self.index
+
+
+class Live:
+    """Runs the worker and follows it. Its methods belong to the server's event loop."""
+
+    def __init__(self, settings: Settings, jobs: Jobs) -> None:
+        self.settings, self.jobs = settings, jobs
+        self.running: dict[str, Progress] = {}
+        self.ready = asyncio.Event()  # the worker takes jobs
+        self.deaths = 0
+        self.mean_seconds = 1.0  # of a batch, for those who are told to come again
+        self._followers: dict[str, set[_Follower]] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._keep_running())
+
+    async def stop(self) -> None:
+        """End the worker; what it draws stays in the queue."""
+        self._closing = True
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                await asyncio.wait_for(self._process.wait(), 10)
+            except TimeoutError:
+                self._process.kill()
+        if self._task is not None:
+            await self._task
+
+    async def cancel(self, id: str) -> JobState | None:
+        """Cancel a job; the worker stops at its next step."""
+        state = await asyncio.to_thread(self.jobs.cancel, id)
+        process = self._process
+        if state is not None and state.status == "cancelled" and process is not None:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"cancel": id}).encode() + b"\n")
+        self._notify([id], ask=True)
+        return state
+
+    async def follow(self, id: str) -> AsyncIterator[JobState]:
+        """The job's state, now and whenever something about it may have changed; the last one has
+        ended. See `running` for how far it is."""
+        follower = _Follower()
+        self._followers.setdefault(id, set()).add(follower)
+        try:
+            state = None
+            while state is None or state.ended is None:
+                if follower.ask:
+                    follower.ask = False
+                    state = await asyncio.to_thread(self.jobs.get, id)
+                    if state is None:
+                        return
+                assert state is not None
+                yield state
+                if state.ended is None:
+                    try:
+                        await asyncio.wait_for(follower.changed.wait(), ASK_AGAIN)
+                    except TimeoutError:
+                        follower.ask = True
+                    follower.changed.clear()
+        finally:
+            self._followers[id].discard(follower)
+            if not self._followers[id]:
+                del self._followers[id]
+
+    async def _keep_running(self) -> None:
+        while not self._closing:
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "latentgen.server.worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE,
+            )
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(self.settings.to_json().encode())
+            async for line in process.stdout:
+                await self._hear(json.loads(line))
+            code = await process.wait()
+            self.ready.clear()
+            self.running.clear()
+            self._notify(self._followers, ask=True)
+            if not self._closing:
+                self.deaths += 1
+                log.warning("the worker ended with status %s; starting another", code)
+                await asyncio.sleep(RESTART)
+
+    async def _hear(self, told: dict[str, Any]) -> None:
+        match told["event"]:
+            case "ready":
+                self.ready.set()
+            case "started":
+                self.running |= {id: Progress() for id in told["ids"]}
+                self._notify(told["ids"], ask=True)
+            case "step":
+                for id in told["ids"]:
+                    if id in self.running:
+                        self.running[id].index = told["index"] + 1
+                        self.running[id].total = told["total"]
+                self._notify(told["ids"])
+            case "preview":
+                if told["id"] in self.running:
+                    self.running[told["id"]].previews.append(base64.b64decode(told["png"]))
+                self._notify([told["id"]])
+            case "ended":
+                await self._see_off(told["ids"])
+                self._notify(told["ids"], ask=True)
+
+    async def _see_off(self, ids: list[str]) -> None:
+        """The database says so a moment after the worker did."""
+        for id in ids:
+            progress = self.running.pop(id, None)
+            if progress is not None:
+                seconds = time.monotonic() - progress.started
+                self.mean_seconds += WEIGHT * (seconds - self.mean_seconds)
+            for _ in range(50):
+                state = await asyncio.to_thread(self.jobs.get, id)
+                if state is None or state.ended is not None:
+                    break
+                await asyncio.sleep(0.01)
+
+    def _notify(self, ids: Iterable[str], ask: bool = False) -> None:
+        for id in ids:
+            for follower in self._followers.get(id, ()):
+                follower.ask = follower.ask or ask
+                follower.changed.set()

@@ -1,0 +1,193 @@
+"""Our own API: `/jobs`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
+
+from .drawing import Drawing
+from .jobs import JobState, Status
+from .service import Service
+
+__all__ = ["ProgressView", "router", "service_of", "view"]
+
+router = APIRouter(tags=["jobs"])
+
+
+def service_of(request: Request) -> Service:
+    """The server's jobs, for endpoints."""
+    return request.app.state.service
+
+
+TheService = Annotated[Service, Depends(service_of)]
+
+
+class Accepted(BaseModel):
+    id: str
+    status: Status
+
+
+class ProgressView(BaseModel):
+    """How far a running job is."""
+
+    index: int = Field(description="steps that are done")
+    total: int
+    fraction: float = Field(description="from 0 to 1")
+    seconds_left: float | None = Field(description="None before the first step is done")
+
+
+class ImageView(BaseModel):
+    url: str = Field(description="a path on this server")
+    seed: int
+
+
+class JobView(BaseModel):
+    """All about a job. Times are seconds since 1970."""
+
+    id: str
+    status: Status
+    created: float
+    ended: float | None
+    model: str
+    request: dict[str, Any] = Field(description="with every default filled in")
+    seeds: list[int]
+    output_format: str
+    progress: ProgressView | None
+    images: list[ImageView] = Field(description="of a job that is done")
+    seconds: float | None = Field(description="that drawing took")
+    error: str | None = Field(description="why it failed")
+
+
+class JobList(BaseModel):
+    jobs: list[JobView]
+
+
+class GalleryView(BaseModel):
+    images: list[str] = Field(description="paths on this server")
+
+
+def view(service: Service, state: JobState) -> JobView:
+    """A job's state as clients see it."""
+    progress = service.live.running.get(state.id) if state.ended is None else None
+    names = state.result["files"] if state.result is not None else []
+    job = state.job
+    return JobView(
+        id=state.id,
+        status=state.status,
+        created=job.created,
+        ended=state.ended,
+        model=job.model,
+        request=job.request,
+        seeds=job.seeds,
+        output_format=job.output_format,
+        progress=None
+        if progress is None
+        else ProgressView(
+            index=progress.index,
+            total=progress.total,
+            fraction=progress.fraction,
+            seconds_left=progress.seconds_left,
+        ),
+        images=[
+            ImageView(url=f"/images/{name}", seed=seed)
+            for name, seed in zip(names, job.seeds, strict=False)
+        ],
+        seconds=state.result["seconds"] if state.result is not None else None,
+        error=state.error,
+    )
+
+
+@router.post("/jobs", status_code=202)
+async def submit(drawing: Drawing, service: TheService) -> Accepted:
+    """Put a drawing into the queue."""
+    job = await service.submit(drawing)
+    return Accepted(id=job.id, status="queued")
+
+
+@router.get("/jobs")
+def list_jobs(
+    service: TheService,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    status: Status | None = None,
+) -> JobList:
+    """Jobs, the newest first."""
+    states = service.jobs.newest(limit, offset, status)
+    return JobList(jobs=[view(service, state) for state in states])
+
+
+def the_job(id: str, service: TheService) -> JobState:
+    state = service.jobs.get(id)
+    if state is None:
+        raise HTTPException(404, f"there is no job {id[:80]!r}")
+    return state
+
+
+TheJob = Annotated[JobState, Depends(the_job)]
+
+
+@router.get("/jobs/{id}")
+def get_job(state: TheJob, service: TheService) -> JobView:
+    """Look at a job."""
+    return view(service, state)
+
+
+@router.get("/jobs/{id}/events", response_class=EventSourceResponse)
+async def follow_job(state: TheJob, service: TheService) -> AsyncIterator[ServerSentEvent]:
+    """Follow a job: `status` (the job) when it changes and when it has ended, `progress` after each
+    step, `preview` (`number`, `png` in base64) as often as the drawing's `previews` says."""
+    status: str | None = None
+    shown, index = 0, -1
+    async for now in service.live.follow(state.id):
+        progress = service.live.running.get(now.id)
+        if progress is not None and now.ended is None:
+            for number, png in enumerate(progress.previews[shown:], shown):
+                shown = number + 1
+                facts = {"number": number, "png": base64.b64encode(png).decode()}
+                yield ServerSentEvent(event="preview", data=facts)
+            if progress.index != index:
+                index = progress.index
+                yield ServerSentEvent(event="progress", data=view(service, now).progress)
+        if now.status != status:
+            status = now.status
+            yield ServerSentEvent(event="status", data=view(service, now))
+
+
+@router.post("/jobs/{id}/cancel")
+async def cancel_job(state: TheJob, service: TheService) -> JobView:
+    """Cancel a job that has not ended; one that has stays as it is."""
+    after = await service.live.cancel(state.id)
+    return view(service, after if after is not None else state)
+
+
+@router.delete("/jobs/{id}")
+async def delete_job(state: TheJob, service: TheService) -> dict[Literal["deleted"], str]:
+    """Cancel a job if it has not ended, and delete it with its pictures."""
+    await service.delete(state)
+    return {"deleted": state.id}
+
+
+@router.get("/images")
+def list_images(
+    service: TheService,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+) -> GalleryView:
+    """Finished pictures, the newest first, by their files alone."""
+    return GalleryView(images=[f"/images/{name}" for name in service.gallery(limit, offset)])
+
+
+@router.get("/images/{day}/{name}", response_class=FileResponse)
+def get_image(day: str, name: str, service: TheService) -> FileResponse:
+    """A picture, with its metadata inside."""
+    file = service.picture(f"{day}/{name}")
+    if file is None:
+        raise HTTPException(404, "there is no such picture")
+    kind = {"jpg": "jpeg"}.get(file.suffix[1:], file.suffix[1:])
+    return FileResponse(file, media_type=f"image/{kind}")

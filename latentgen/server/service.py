@@ -1,0 +1,162 @@
+"""What all the APIs and the page do with jobs: put one in, wait for it, fetch, cancel, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import re
+from pathlib import Path
+
+from fastapi import Request
+from PIL import Image
+
+from .drawing import Drawing, Job, accept
+from .jobs import Jobs, JobState, QueueFull
+from .live import Live
+from .settings import Settings
+
+__all__ = ["Gone", "Service"]
+
+KEEP_DAYS = 30  # that the database remembers a job that ended; its pictures stay
+LOOK = 1.0  # seconds between looks whether a client still waits
+PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avif)")
+
+log = logging.getLogger(__name__)
+
+
+class Gone(Exception):
+    """The client hung up; its job was cancelled."""
+
+
+class Service:
+    """One server's jobs. Its methods belong to the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.jobs = Jobs(settings.database, settings.max_queue)
+        self.live = Live(settings, self.jobs)
+        self.open = 0  # jobs that have not ended: right after `count`, near enough in between
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._tidy)
+        await self.live.start()
+        self._tasks = [asyncio.create_task(self._keep_counting())]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self.live.stop()
+        self.jobs.close()
+
+    async def submit(
+        self,
+        drawing: Drawing,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+    ) -> Job:
+        """Accept a drawing; once this returns, nothing loses it.
+
+        Raises:
+            InvalidRequest: see `accept`.
+            QueueFull: as many wait as may wait.
+        """
+        if self.open >= self.settings.max_queue:
+            raise QueueFull
+        job = await asyncio.to_thread(accept, drawing, self.settings, image, mask_image)
+        try:
+            await asyncio.to_thread(self.jobs.put, job)
+        except QueueFull:
+            self._remove_inputs(job)
+            raise
+        self.open += 1
+        prompt = f": {drawing.prompt}" if self.settings.log_prompts else ""
+        log.info("job %s accepted, %d picture(s)%s", job.id, len(job.seeds), prompt)
+        return job
+
+    async def finished(self, job: Job, request: Request) -> JobState:
+        """Wait until a job has ended, for a client that waits too.
+
+        Raises:
+            Gone: it does not any more, or somebody deleted the job.
+        """
+        end = asyncio.create_task(self._end(job.id))
+        try:
+            while not end.done():
+                await asyncio.wait({end}, timeout=LOOK)
+                if not end.done() and await request.is_disconnected():
+                    raise Gone
+        finally:
+            if not end.done():
+                end.cancel()
+                await self.abandon(job.id)
+        state = end.result()
+        if state is None:
+            raise Gone
+        return state
+
+    async def _end(self, id: str) -> JobState | None:
+        async for state in self.live.follow(id):
+            if state.ended is not None:
+                return state
+        return None
+
+    async def abandon(self, id: str) -> None:
+        """Cancel a job whose client hung up, also while its own task is being cancelled."""
+        await asyncio.shield(self.live.cancel(id))
+
+    def pictures(self, state: JobState) -> list[Path]:
+        """The files of a job that is done."""
+        names = state.result["files"] if state.result is not None else []
+        return [self.settings.outputs / name for name in names]
+
+    def picture(self, name: str) -> Path | None:
+        """The file of a name, as a job's result or the gallery tells it; None for any other."""
+        file = self.settings.outputs / name
+        return file if PICTURE.fullmatch(name) and file.is_file() else None
+
+    def gallery(self, limit: int, offset: int = 0) -> list[str]:
+        """The names of finished pictures, the newest first. It looks at nothing but the files."""
+        found: list[str] = []
+        folders = self.settings.outputs.iterdir() if self.settings.outputs.is_dir() else ()
+        for folder in sorted(folders, reverse=True):
+            if len(found) >= offset + limit:
+                break
+            names = [f"{folder.name}/{file.name}" for file in folder.iterdir()]
+            files = [self.settings.outputs / name for name in names if PICTURE.fullmatch(name)]
+            files.sort(key=lambda file: (file.stat().st_mtime, file.name), reverse=True)
+            found += [file.relative_to(self.settings.outputs).as_posix() for file in files]
+        return found[offset : offset + limit]
+
+    async def delete(self, state: JobState) -> None:
+        """Cancel a job if it has not ended, and delete its pictures and what is known of it."""
+        await self.live.cancel(state.id)
+        async for last in self.live.follow(state.id):
+            state = last
+        while state.id in self.live.running:
+            await asyncio.sleep(0.05)
+        self._remove_inputs(state.job)
+        for file in state.job.output_files(self.settings):
+            file.unlink(missing_ok=True)
+        await asyncio.to_thread(self.jobs.forget, [state.id])
+
+    def _remove_inputs(self, job: Job) -> None:
+        for kind in job.inputs:
+            job.input_file(self.settings, kind).unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Forget jobs that ended long ago, and inputs whose job was never accepted."""
+        moment = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=KEEP_DAYS)
+        while old := self.jobs.ended_before(moment.isoformat()):
+            for state in old:
+                self._remove_inputs(state.job)
+            self.jobs.forget([state.id for state in old])
+        for file in self.settings.inputs.glob("*.*"):
+            if self.jobs.get(file.name[:36]) is None:
+                file.unlink(missing_ok=True)
+
+    async def _keep_counting(self) -> None:
+        while True:
+            self.open = await asyncio.to_thread(self.jobs.count)
+            await asyncio.sleep(0.25)

@@ -1,0 +1,315 @@
+"""The process that draws: it takes jobs out of the queue, puts those that are alike into one batch,
+and writes their pictures.
+
+    python -m latentgen.server.worker
+
+It reads its settings, and the ids of jobs that were cancelled, as lines of JSON from its standard
+input, and tells what it does as lines of JSON on its standard output. When the input ends, its
+server is gone, and so is it. It may die at any moment: its jobs stay in the database as they are,
+and the next worker takes them up. One file lock per data folder sees to it that there is one.
+
+It knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
+from dbos import error as dbos_error
+from filelock import FileLock
+
+from .. import metadata
+from ..errors import LatentgenError
+from ..pipeline import LatentDiffusion, Result, Step
+from ..request import ResolvedRequest, can_join, together
+from .drawing import FORMATS, Job
+from .jobs import APP, DRAWS, QUEUE, VERSION, WORKFLOW, open_client, prepare
+from .log import log_as_json
+from .settings import Settings
+
+TAKEN_UP_AGAIN = 3  # times that an interrupted job is tried once more
+CLAIMS = 50  # times that a job may be taken out without being drawn
+GATHER = 0.02  # seconds in which the other jobs of a batch may arrive
+POLL = 0.05  # seconds between looks into the database
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """Somebody cancelled the job while it was drawn."""
+
+
+class Interrupted(LatentgenError):
+    """The worker died with this job too often."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A job that waits in this process, and later how it ended."""
+
+    job: Job
+    draws: int  # how often its drawing began before
+    done: threading.Event = field(default_factory=threading.Event)
+    result: dict[str, Any] | None = None
+    error: Exception | None = None
+
+    def end(self, error: Exception | None = None) -> None:
+        if error is not None and self.result is None:
+            self.error = error
+        self.done.set()
+
+
+class Worker:
+    """Draws what is put into it, one batch at a time, in a thread of its own."""
+
+    def __init__(self, settings: Settings, client: DBOSClient, tell: TextIO) -> None:
+        self.settings, self.client = settings, client
+        self._out = tell
+        self._telling = threading.Lock()
+        self._arrived = threading.Condition()
+        self._waiting: list[Slot] = []
+        self._drawing: list[Slot] = []
+        self._cancelled: set[str] = set()
+        self._model: tuple[str, LatentDiffusion] | None = None
+        threading.Thread(target=self._loop, name="draw", daemon=True).start()
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """Draw a job; returns what the database keeps of it. Called in a thread for each job."""
+        (row,) = self.client.list_workflows(workflow_ids=[job.id], load_input=False)
+        draws = (row.attributes or {}).get(DRAWS, 0)
+        if draws > TAKEN_UP_AGAIN or (row.recovery_attempts or 0) > CLAIMS:
+            raise Interrupted(f"the process that drew it died {draws} times; it is not tried again")
+        slot = Slot(job, draws)
+        with self._arrived:
+            self._waiting.append(slot)
+            self._arrived.notify()
+        slot.done.wait()
+        if slot.error is not None:
+            raise slot.error
+        assert slot.result is not None
+        return slot.result
+
+    def cancel(self, id: str) -> None:
+        """Stop drawing a job at its next step."""
+        self._cancelled.add(id)
+
+    def give_up(self) -> None:
+        """Note that the jobs under way were not interrupted by anything they did."""
+        for slot in self._drawing:
+            self.client.update_workflow_attributes(slot.job.id, {DRAWS: slot.draws}, merge=True)
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """A line for the server."""
+        with self._telling:
+            self._out.write(json.dumps({"event": event, **facts}) + "\n")
+            self._out.flush()
+
+    def _loop(self) -> None:
+        while True:
+            with self._arrived:
+                while not self._waiting:
+                    self._arrived.wait()
+            time.sleep(GATHER)
+            with self._arrived:
+                first = self._waiting.pop(0)
+                fresh = [slot for slot in self._waiting if slot.draws == 0]
+                others = fresh if first.draws == 0 else []  # what failed before is drawn alone
+            self._try(first, others)
+
+    def _try(self, first: Slot, others: list[Slot]) -> None:
+        """Draw a slot and those of the others that fit; whatever goes wrong stays with it."""
+        batch = [first]
+        try:
+            pipe = self._load(first.job.model)
+            requests = [pipe.resolve(first.job.to_request(self.settings))]
+            for slot in others:
+                if slot.job.model != first.job.model or slot.job.inputs:
+                    continue
+                try:
+                    request = pipe.resolve(slot.job.to_request(self.settings))
+                except LatentgenError:
+                    continue  # it will be told when its own turn comes
+                count = sum(len(one.seeds) for one in [*requests, request])
+                if count <= self.settings.max_batch and can_join(requests[0], request):
+                    batch.append(slot)
+                    requests.append(request)
+            with self._arrived:
+                self._waiting = [slot for slot in self._waiting if slot not in batch]
+            self._draw(pipe, batch, requests)
+        except Exception as error:
+            left = [slot for slot in batch if not slot.done.is_set()]
+            if len(batch) > 1 and not isinstance(error, Cancelled):
+                for slot in left:  # one of them is to blame: draw each alone
+                    self._try(slot, [])
+            else:
+                if not isinstance(error, LatentgenError | Cancelled):
+                    log.exception("a job failed")
+                for slot in left:
+                    slot.end(error)
+        finally:
+            self._drawing = []
+            for slot in batch:
+                self._cancelled.discard(slot.job.id)
+
+    def _load(self, name: str) -> LatentDiffusion:
+        """The model of a name; the one before it leaves the memory."""
+        if self._model is None or self._model[0] != name:
+            settings = self.settings
+            found = settings.models()[name]
+            self._model = None
+            source = found.hub_id if found.hub_id is not None else found.path
+            assert source is not None
+            pipe = LatentDiffusion.from_pretrained(
+                source, settings.device, settings.dtype, settings.attention, found.revision
+            )
+            for file in sorted(settings.embeddings.glob("*.safetensors")):
+                try:
+                    pipe.load_embedding(file)
+                except LatentgenError as error:  # of another model, most likely
+                    log.warning("%s is not used with %s: %s", file.name, name, error)
+            self._model = (name, pipe)
+        return self._model[1]
+
+    def _draw(
+        self, pipe: LatentDiffusion, batch: list[Slot], requests: list[ResolvedRequest]
+    ) -> None:
+        self._drawing = batch
+        for slot in batch:  # on the disk before the first step, so it counts what was interrupted
+            self.client.update_workflow_attributes(slot.job.id, {DRAWS: slot.draws + 1}, merge=True)
+        ids = [slot.job.id for slot in batch]
+        self.tell("started", ids=ids, model=pipe.model.name)
+        request = together(requests) if len(requests) > 1 else requests[0]
+        result = None
+        for step in self._live(pipe.draw(request), batch):
+            self.tell("step", ids=ids, index=step.index, total=step.total)
+            self._show(step, batch)
+            result = step.result
+        if result is None:
+            return  # all of them were cancelled
+        parts = pipe.split(result, requests) if len(requests) > 1 else [result]
+        for slot, part in zip(batch, parts, strict=True):
+            if not slot.done.is_set():
+                files = self._write(part, slot.job)
+                facts = {"files": files, "seconds": part.seconds, "batch": len(batch)}
+                slot.result = facts
+                slot.end()
+
+    def _live(self, steps: Iterator[Step], batch: list[Slot]) -> Iterator[Step]:
+        """The steps, for as long as somebody waits for them."""
+        while any(not slot.done.is_set() for slot in batch):
+            for slot in batch:
+                if slot.job.id in self._cancelled:
+                    slot.end(Cancelled(slot.job.id))
+            if all(slot.done.is_set() for slot in batch):
+                return
+            step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def _show(self, step: Step, batch: list[Slot]) -> None:
+        """Send the previews that are due, spread evenly over the steps, of each first picture."""
+        first = 0
+        for slot in batch:
+            wanted = slot.job.previews
+            due = (step.index + 1) * (wanted + 1) // step.total
+            before = step.index * (wanted + 1) // step.total
+            if before < due <= wanted and not slot.done.is_set():
+                stream = io.BytesIO()
+                step.preview(first).save(stream, "PNG", compress_level=1)
+                png = base64.b64encode(stream.getvalue()).decode()
+                self.tell("preview", id=slot.job.id, number=due - 1, png=png)
+            first += len(slot.job.seeds)
+
+    def _write(self, result: Result, job: Job) -> list[str]:
+        """Write a job's pictures under the names it was accepted with; each is there whole or not
+        at all. Returns their names below the outputs."""
+        files = job.output_files(self.settings)
+        for k, file in enumerate(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            data = metadata.encode_result(result, k, FORMATS[job.output_format], job.quality)
+            partial = file.with_name(f".{file.name}.partial")
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        if os.name == "posix":
+            folder = os.open(files[0].parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        return [file.relative_to(self.settings.outputs).as_posix() for file in files]
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever prints goes to the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then tells us
+    log_as_json()
+    settings = Settings.from_json(sys.stdin.readline())
+    lock = FileLock(settings.data_dir / "worker.lock")
+    lock.acquire()
+    prepare(settings.database)
+    client = open_client(settings.database)
+    worker = Worker(settings, client, out)
+
+    # None: the limit is ours, so that such a job fails with a reason
+    @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
+    def draw(job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return worker.do(Job.model_validate(job))
+        finally:
+            worker.tell("ended", ids=[job["id"]])
+
+    logger = logging.getLogger("dbos")
+    logger.addFilter(_worth_telling)
+    DBOS(
+        config={
+            "name": APP,
+            "system_database_url": settings.database,
+            "application_version": VERSION,
+            "executor_id": "worker",  # always the same: the next one takes up what this one leaves
+            "serializer": DBOSPortableJSONSerializer(),
+            "run_migrations": False,
+            "log_level": "WARNING",
+            "enable_otlp": False,
+            "max_executor_threads": 4 * settings.max_batch,
+            "scheduler_polling_interval_sec": 3600.0,
+        }
+    )
+    DBOS.listen_queues([QUEUE])
+    DBOS.launch()
+    DBOS.register_queue(
+        QUEUE,
+        worker_concurrency=2 * settings.max_batch,
+        polling_interval_sec=POLL,
+        on_conflict="always_update",
+    )
+    worker.tell("ready")
+    for line in sys.stdin:
+        worker.cancel(json.loads(line)["cancel"])
+    worker.give_up()
+    os._exit(0)  # the threads that draw do not wait for anybody
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """DBOS logs every job that is cancelled while it runs, and every failure, with a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    expected = (dbos_error.DBOSAwaitedWorkflowCancelledError, Cancelled, LatentgenError)
+    return not isinstance(error, expected) and "outcome was not recorded" not in record.getMessage()
+
+
+if __name__ == "__main__":
+    main()

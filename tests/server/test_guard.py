@@ -1,0 +1,144 @@
+"""Who is let in, and what is out of reach."""
+
+import base64
+import json
+import socket
+
+import httpx
+import pytest
+from conftest import HERE, Running
+
+from latentgen.errors import InvalidRequest
+from latentgen.server.guard import check_exposure
+from latentgen.server.settings import Settings
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_others_are_let_in_only_with_a_token(host):
+    with pytest.raises(InvalidRequest, match="--token"):
+        check_exposure(Settings(host=host))
+    check_exposure(Settings(host=host, token="x"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
+def test_this_machine_needs_none(host):
+    check_exposure(Settings(host=host))
+
+
+def test_only_who_has_the_token_is_answered(tmp_path, tiny):
+    server = Running(tmp_path / "home", tiny, "--token", "sesame").start().wait("")
+    basic = base64.b64encode(b"anybody:sesame").decode()
+    wrong = base64.b64encode(b"sesame:open").decode()
+    try:
+        for path in ("/jobs", "/v1/models", "/sdapi/v1/progress", "/", "/metrics", "/images"):
+            for given, status in (
+                ("Bearer sesame", 200),
+                (f"Basic {basic}", 200),
+                (f"Basic {wrong}", 401),
+                ("Bearer sesam", 401),
+                ("Bearer", 401),
+                ("Basic %%%", 401),
+                ("sesame", 401),
+            ):
+                answer = server.http.get(path, headers={"Authorization": given})
+                assert (path, given, answer.status_code) == (path, given, status)
+            refused = server.http.get(path)
+            assert refused.status_code == 401
+            assert "Basic" in refused.headers["WWW-Authenticate"]
+        assert server.http.get("/health").status_code == 200
+    finally:
+        server.process.kill()
+
+
+def test_other_names_and_other_sites_get_nothing(server):
+    port = server.port
+    for host, status in (
+        (f"127.0.0.1:{port}", 200),
+        (f"localhost:{port}", 200),
+        (f"evil.example:{port}", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("8.8.8.8", 403),
+        ("[::1", 403),
+    ):
+        assert server.http.get("/jobs", headers={"Host": host}).status_code == status, host
+    for origin, status in (
+        (server.url, 200),
+        ("http://evil.example", 403),
+        ("null", 403),
+        (f"http://localhost:{port}", 403),
+        ("https://127.0.0.1:1", 403),
+    ):
+        answer = server.http.get("/jobs", headers={"Origin": origin})
+        assert answer.status_code == status, origin
+        assert "access-control-allow-origin" not in answer.headers
+
+
+PIECES = ["..", "%2e%2e", "..%2f..", "....//", "%2e%2e%2f", "..\\", "%5c..", "/etc/passwd", "%00"]
+
+
+def test_no_path_leads_out(server):
+    (server.home / "secret.txt").write_text("nobody reads this")
+    raw = [f"/images/{a}/{b}secret.txt" for a in PIECES for b in ("", "../", "%2e%2e%2f", "/")]
+    raw += [f"/images/2026-01-01/{a}/../../secret.txt" for a in PIECES]
+    raw += [f"/gradio_api/file={server.home}/{a}/secret.txt" for a in (".", "..", "outputs/..")]
+    raw += [f"/gradio_api/file={server.home}/jobs.sqlite", "/gradio_api/file=/etc/passwd"]
+    raw += [f"/{a}/{a}/{a}/etc/passwd" for a in PIECES]
+    for path in raw:
+        with socket.create_connection((HERE, server.port), 10) as line:  # httpx would tidy it up
+            line.sendall(f"GET {path} HTTP/1.0\r\nHost: {HERE}\r\n\r\n".encode())
+            answer = b""
+            while piece := line.recv(65536):
+                answer += piece
+        assert b"nobody reads this" not in answer, path
+        assert b"root:" not in answer, path
+        assert b"SQLite format" not in answer, path
+
+
+def test_bodies_are_limited(server):
+    answer = server.http.post("/jobs", content=b"x" * (65 * 2**20))
+    assert answer.status_code == 413
+    assert server.http.post("/jobs", json={"prompt": "a" * 30_000}).status_code == 400
+    for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": 1}', b"[" * 10_000):
+        answer = server.http.post(
+            "/jobs", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400, body[:20]
+        assert answer.json()["error"]["message"]
+
+
+def test_clients_that_send_rubbish_or_leave_harm_nobody(server):
+    lines = []
+    for k in range(100):
+        line = socket.create_connection((HERE, server.port), 10)
+        line.sendall(
+            [b"GET / HT", b"\x16\x03\x01\x02" * 50, b"POST /jobs HTTP/1.1\r\nHost: x\r\n"][k % 3]
+        )
+        lines.append(line)
+    for line in lines[::2]:
+        line.close()
+    assert server.http.get("/health").json()["status"] == "ok"
+    for line in lines:
+        line.close()
+    assert server.ended(server.submit())["status"] == "done"
+
+
+def test_a_second_server_does_not_use_the_same_folder(server, tiny):
+    second = Running(server.home, tiny)
+    second.log = server.home.parent / "second.log"
+    assert second.start().process.wait(60) == 2
+    assert "another server uses it" in second.log.read_text()
+
+
+def test_the_log_is_json_and_says_no_prompts(server):
+    server.ended(server.submit(prompt="a secret thing"))
+    lines = server.log.read_text().splitlines()[1:]
+    assert any("accepted" in json.loads(line)["message"] for line in lines)
+    assert "secret thing" not in server.log.read_text()
+
+
+def test_the_openapi_document_names_every_field(server):
+    told = server.http.get("/openapi.json").json()
+    assert "/jobs/{id}/events" in told["paths"]
+    assert "mask_image" in told["components"]["schemas"]["Drawing"]["properties"]
+    with httpx.Client() as http:
+        assert http.get(f"{server.url}/docs").status_code in (200, 404)

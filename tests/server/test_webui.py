@@ -1,0 +1,168 @@
+"""The WebUI's API, by what its Python client sends with every request."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+# What webuiapi 0.9.17 sends when nobody asks for anything.
+ALWAYS = {
+    "styles": [], "subseed": -1, "subseed_strength": 0.0, "seed_resize_from_h": 0,
+    "seed_resize_from_w": 0, "restore_faces": False, "tiling": False, "do_not_save_samples": False,
+    "do_not_save_grid": False, "eta": 1.0, "s_churn": 0, "s_tmax": 0, "s_tmin": 0, "s_noise": 1,
+    "override_settings": {}, "override_settings_restore_afterwards": True, "script_name": None,
+    "script_args": [], "send_images": True, "save_images": False, "alwayson_scripts": {},
+    "negative_prompt": "", "n_iter": 1, "batch_size": 1, "sampler_index": "Euler a",
+    "scheduler": "automatic", "cfg_scale": 7.0, "seed": -1, "steps": 4, "width": 32, "height": 32,
+}  # fmt: skip
+OF_TEXT = {
+    "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 0,
+    "hr_resize_x": 0, "hr_resize_y": 0, "hr_checkpoint_name": None, "hr_sampler_name": None,
+    "hr_scheduler": None, "hr_prompt": "", "hr_negative_prompt": "", "denoising_strength": 0.7,
+    "firstphase_width": 0, "firstphase_height": 0,
+}  # fmt: skip
+OF_PICTURES = {
+    "resize_mode": 0, "denoising_strength": 0.75, "mask_blur": 4, "inpainting_fill": 0,
+    "inpaint_full_res": True, "inpaint_full_res_padding": 0, "inpainting_mask_invert": 0,
+    "initial_noise_multiplier": 1, "image_cfg_scale": 1.5, "include_init_images": False,
+}  # fmt: skip
+
+
+def encoded(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def decoded(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def post(server, name: str, status: int = 200, **fields):
+    answer = server.http.post(f"/sdapi/v1/{name}", json=fields)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def test_txt2img_tells_everything_about_its_pictures(server):
+    asked = ALWAYS | OF_TEXT | {"prompt": "a cat", "negative_prompt": "red", "seed": 9}
+    two = {"sampler_name": "DPM++ 2M Karras", "n_iter": 2}
+    answer = post(server, "txt2img", **(asked | two))
+    info = json.loads(answer["info"])
+    assert info["all_seeds"] == [9, 10]
+    assert info["all_prompts"] == ["a cat"] * 2
+    assert (info["sampler_name"], info["steps"], info["cfg_scale"]) == ("DPM++ 2M", 4, 7.0)
+    for k, image in enumerate(map(decoded, answer["images"])):
+        assert image.info["parameters"] == info["infotexts"][k]
+        assert "Sampler: DPM++ 2M, Schedule type: Karras" in info["infotexts"][k]
+        assert f"Seed: {9 + k}," in info["infotexts"][k]
+    assert answer["parameters"]["seed"] == 9
+    asked |= {"seed": 10, "sampler_name": "DPM++ 2M", "scheduler": "Karras"}
+    again = post(server, "txt2img", **asked)
+    one, other = decoded(again["images"][0]), decoded(answer["images"][1])
+    assert max(abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
+
+
+def test_pictures_are_kept_only_if_asked_for(server):
+    for keep in (False, True):
+        before = server.http.get("/images").json()["images"]
+        answer = post(server, "txt2img", prompt="a", steps=2, width=32, height=32, save_images=keep,
+                      send_images=not keep)  # fmt: skip
+        after = server.http.get("/images").json()["images"]
+        assert len(answer["images"]) == 1 - keep
+        assert len(after) - len(before) == keep
+
+
+def test_img2img_and_inpainting(server, picture, mask):
+    asked = ALWAYS | OF_PICTURES | {"prompt": "a cat", "init_images": [encoded(picture)]}
+    answer = post(server, "img2img", **asked, sampler_name="Euler a")
+    assert decoded(answer["images"][0]).size == (32, 32)
+    assert answer["parameters"]["init_images"] is None
+    asked |= {"inpainting_fill": 1, "mask_blur": 0}
+    black = Image.new("RGB", picture.size)
+    for invert in (0, 1):
+        kept = mask.point(lambda value: 255 - value) if not invert else mask
+        fields = asked | {"mask": encoded(mask), "inpainting_mask_invert": invert}
+        drawn = decoded(post(server, "img2img", **fields)["images"][0]).convert("RGB")
+        assert Image.composite(drawn, black, kept).tobytes() == (
+            Image.composite(picture, black, kept).tobytes()
+        )
+        assert drawn.tobytes() != picture.tobytes()
+    larger = asked | {"width": 48, "height": 32}
+    for mode in (0, 1):
+        answer = post(server, "img2img", **(larger | {"resize_mode": mode}))
+        assert decoded(answer["images"][0]).size == (48, 32)
+
+
+WRONG = [
+    ("enable_hr", True), ("styles", ["x"]), ("tiling", True), ("restore_faces", True),
+    ("subseed_strength", 0.3), ("script_name", "xyz plot"), ("colour", 1), ("s_churn", 0.5),
+    ("refiner_checkpoint", "other"), ("sampler_name", "nobody"), ("scheduler", "nobody"),
+    ("steps", 0), ("steps", 1000), ("width", 33), ("batch_size", 100), ("eta", 0.5),
+    ("alwayson_scripts", {"x": {"args": [1]}}), ("override_settings", {"sd_vae": "x"}),
+    ("override_settings", {"sd_model_checkpoint": "x"}), ("cfg_scale", 0.5), ("prompt", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_what_cannot_be_done_is_named(server, name, value):
+    fields = ALWAYS | OF_TEXT | {"prompt": "a cat", name: value}
+    told = post(server, "txt2img", 400, **fields)
+    assert told["error"]
+    known_as = {"override_settings": "", "scheduler": "sampler_name"}.get(name, name)
+    assert known_as in told["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "told"),
+    [
+        ({"init_images": None}, 404, "Init image not found"),
+        ({"init_images": ["http://localhost/x.png"]}, 400, "not fetched"),
+        ({"init_images": ["x"] * 2}, 400, "one picture"),
+        ({"mask": "x"}, 400, "mask"),
+        ({"resize_mode": 3, "width": 64}, 400, "resize_mode"),
+    ],
+)
+def test_so_it_is_with_pictures(server, picture, fields, status, told):
+    asked = ALWAYS | OF_PICTURES | {"prompt": "a", "init_images": [encoded(picture)]} | fields
+    assert told in post(server, "img2img", status, **asked)["detail"]
+
+
+def test_progress_and_interrupt(server):
+    idle = server.http.get("/sdapi/v1/progress").json()
+    assert (idle["progress"], idle["state"]["job_count"]) == (0.0, 0)
+    asked = ALWAYS | {"prompt": "a", "steps": 150, "width": 256, "height": 256, "batch_size": 8}
+    answers = []
+    drawing = threading.Thread(target=lambda: answers.append(post(server, "txt2img", **asked)))
+    drawing.start()
+    while (now := server.http.get("/sdapi/v1/progress").json())["state"]["sampling_step"] < 2:
+        time.sleep(0.02)
+    assert 0.01 < now["progress"] < 1
+    assert now["state"]["sampling_steps"] == 150
+    assert server.http.post("/sdapi/v1/interrupt").json() == {}
+    drawing.join(20)
+    assert answers[0]["images"] == []
+
+
+def test_companions_answer(server, picture):
+    get = {
+        name: server.http.get(f"/sdapi/v1/{name}").json()
+        for name in ("samplers", "schedulers", "sd-models", "loras", "embeddings", "options",
+                     "scripts", "upscalers", "sd-vae")
+    }  # fmt: skip
+    assert "DPM++ 2M" in [one["name"] for one in get["samplers"]]
+    assert "karras" in [one["name"] for one in get["schedulers"]]
+    title = get["options"]["sd_model_checkpoint"]
+    assert title in [one["title"] for one in get["sd-models"]]
+    assert post(server, "options", sd_model_checkpoint=title) is None
+    assert post(server, "options", 400, CLIP_stop_at_last_layers=2)["error"]
+    assert post(server, "skip") is None
+    assert post(server, "png-info", image=encoded(picture))["info"] == ""
+    drawn = post(server, "txt2img", prompt="a cat", steps=3, width=32, height=32)["images"][0]
+    told = post(server, "png-info", image=drawn)
+    assert told["info"].startswith("a cat\nSteps: 3,")
+    assert (told["parameters"]["Steps"], told["parameters"]["Size-1"]) == ("3", "32")
