@@ -7,7 +7,7 @@ at once. Exit status: 0 done, 1 the drawing failed, 2 the request was wrong, 130
 from __future__ import annotations
 
 import re
-import tempfile
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +20,12 @@ import typer
 
 from . import __version__
 from .errors import InvalidRequest, LatentgenError
-from .modelfolder import DEFAULT_MODEL
+from .modelfolder import DEFAULT_MODEL, Model
+from .outputs import check_file, check_folder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .pipeline import LatentDiffusion, Result
     from .request import Request
 
@@ -193,9 +196,10 @@ def replay(
     dtype: Dtype = None,
     attention: Attention = None,
 ) -> None:
-    """Make a picture again from its own metadata, and say how far the copy is from it."""
+    """Make a picture again from its own metadata; status 1 if the copy is not the same."""
     with _reporting():
         from . import metadata
+        from .lorafolder import parse, resolve
 
         if output is not None:
             _check_output(output)
@@ -207,7 +211,7 @@ def replay(
             for name in known["pictures"]:
                 if pictures[name] is None:
                     hint = f"it was made from another picture; name it: --{_dashed(name)} FILE"
-                    raise InvalidRequest(name, None, hint)
+                    raise InvalidRequest("picture", str(picture), hint)
             request = metadata.request_from_record(known, lora or (), **pictures)
             _check_loras_are_here(request)
             model = model or _recorded_model(known["model"])
@@ -215,10 +219,13 @@ def replay(
             attention = attention or known["settings"].get("attention")
         elif (info := metadata.parse_infotext(found.infotext or "")).fields:
             request, notes = metadata.request_from_infotext(info, lora or (), **pictures)
-            notes.append(f"its model, {info.fields.get('Model', 'which it does not name')}")
         else:
             hint = "it carries no settings; pictures of latentgen and of the WebUI do"
             raise InvalidRequest("picture", str(picture), hint)
+        for use in resolve([parse([file]) for file in lora or ()], {}):
+            if use.path not in [own.path for own in request.loras]:
+                hint = "the picture was not made with it; leave it out"
+                raise InvalidRequest("lora", str(use.path), hint)
 
         result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention, embedding)
         index, quality = (known["index"], known["quality"]) if known else (0, metadata.QUALITY)
@@ -226,14 +233,19 @@ def replay(
             raise InvalidRequest("picture", str(picture), "its record is damaged")
         if known is not None:
             notes += metadata.differences(known, result)
+        elif model_told := _another_model(info.fields, result.model):
+            notes.append(model_told)
         for note in notes:
             typer.echo(f"not reproduced: {note}")
         copy = metadata.encode_result(result, index, found.format, quality)
-        typer.echo(f"largest pixel difference: {_distance(found.image, copy)}")
+        distance = _distance(found.image, copy)
+        typer.echo(f"largest pixel difference: {distance}")
         if output is not None:
             format = metadata.picture_format(output)
             output.write_bytes(metadata.encode_result(result, index, format, quality))
             typer.echo(str(output))
+        if distance != 0:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -267,8 +279,7 @@ def evaluate(
     attention: Attention = None,
 ) -> None:
     """Measure a model on a prompt set: CLIP score, retrieval, KID, diversity, time."""
-    with _reporting():
-        from rich.console import Console
+    with _reporting(real="real_dir"):
         from rich.progress import Progress
 
         from . import modelfolder
@@ -286,23 +297,27 @@ def evaluate(
         judge_folder = clip if clip is not None else own
         brings_one = own is not None and (own / "image_encoder").is_dir()
         if judge_folder is None or (clip is None and not brings_one):
-            hint = "the model has no image_encoder; name one, like openai/clip-vit-base-patch32"
-            raise InvalidRequest("clip", clip, hint)
+            hint = "it has no image_encoder to judge with: --clip openai/clip-vit-base-patch32 has"
+            raise InvalidRequest("model", model, hint)
         if images is not None and not images.is_dir():
             raise InvalidRequest("images", images, "no such folder")
         if real_dir is not None and not real_dir.is_dir():
             raise InvalidRequest("real_dir", real_dir, "no such folder")
-        console = Console(stderr=True)
+        check_folder(output)
+        console = _console()
         with console.status("loading"):
+            from .embeddings import read_embedding
             from .evaluate import Evaluation, Judge, measure
             from .evaluate import evaluate as run_evaluation
             from .images import read_pictures
             from .pipeline import LatentDiffusion
 
-            real = read_pictures(real_dir) if real_dir is not None else None
+            for file in embedding or ():
+                read_embedding(file)  # refused before a model is read
+            real = read_pictures(real_dir, "real_dir") if real_dir is not None else None
             judge = Judge(judge_folder)
         if images is not None:
-            pictures = read_pictures(images)
+            pictures = read_pictures(images, "images")
             metrics = measure(pictures, wanted.prompts, judge, real)
             facts = {"images": str(images), "prompts": wanted.name, "clip": judge.name}
             evaluation = Evaluation(metrics, facts, pictures, wanted.prompts)
@@ -365,6 +380,62 @@ def schedulers() -> None:
     )
 
 
+@app.command()
+def serve(
+    model: ModelName = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="LATENTGEN_TOKEN", help="That clients must send.", show_default="none"),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name of this server; several.", show_default=False),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(envvar="LATENTGEN_DATABASE_URL", help="PostgreSQL.", show_default="SQLite"),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Jobs that may wait.")] = 100,
+    max_batch: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn at once.")] = 8,
+    max_images: Annotated[int, typer.Option(min=1, max=64, help="In one job.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=64, help="Of a picture.")] = 2048 * 2048,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Let the log say what is asked for.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+) -> None:
+    """Serve a page for people, and HTTP for other programs: OpenAI's API and the WebUI's."""
+    with _reporting():
+        try:
+            from .server.run import serve as run
+            from .server.settings import Settings
+        except ImportError as error:
+            hint = f"needs `pip install 'latentgen[server]'` ({error.name} is missing)"
+            raise InvalidRequest("serve", "", hint) from error
+        run(
+            Settings(
+                host=host,
+                port=port,
+                token=token or None,
+                model=model,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                database_url=database_url,
+                allowed_hosts=tuple(allowed_host or ()),
+                max_queue=max_queue,
+                max_batch=max_batch,
+                max_images=max_images,
+                max_pixels=max_pixels,
+                log_prompts=log_prompts,
+            )
+        )
+
+
 lora_app = typer.Typer(help="Look into LoRA files, and convert them.", no_args_is_help=True)
 app.add_typer(lora_app, name="lora")
 LoraFile = Annotated[
@@ -378,7 +449,7 @@ def inspect(
     metadata: Annotated[bool, typer.Option("--metadata", help="All of it.")] = False,
 ) -> None:
     """Say what a LoRA holds: layout, parts, ranks, alphas, strength, where it comes from."""
-    with _reporting():
+    with _reporting(loras="file"):
         from .lora import describe, read_lora
 
         lora = read_lora(file)
@@ -402,7 +473,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write a LoRA in another layout, and measure that it still does the same."""
-    with _reporting():
+    with _reporting(loras="file", layout="to", file="output"):
         from .lora import convert as convert_lora
 
         difference, largest = convert_lora(file, output, to, dtype)
@@ -446,16 +517,16 @@ def _draw(
 
         _check_output(output if output is not None else Path("picture.png"))
         if gif is not None:
-            _check_writable(gif, "gif")
+            check_file(gif, "gif")
             if gif.suffix.lower() != ".gif":
                 raise InvalidRequest("gif", str(gif), "the name must end in .gif")
         request = Request(num_inference_steps=steps, loras=lora or (), **options)
         if output is not None:
             metadata.check_fits(metadata.picture_format(output), request)
             for target in metadata.numbered(output, request.num_images):
-                _check_writable(target)
+                check_file(target)
             if grid:
-                _check_writable(_sheet_name(output))
+                check_file(_sheet_name(output))
         frames: list[Any] | None = [] if gif is not None else None
         result = _finish(request, model, device, dtype, attention, embedding, frames)
         target = output if output is not None else _default_name(result)
@@ -488,7 +559,6 @@ def _finish(
     frames: list[Any] | None = None,
 ) -> Result:
     """Check everything, load the model, draw with a progress bar; `frames` collects previews."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -500,16 +570,19 @@ def _finish(
     from . import modelfolder
 
     request = request.resolve(modelfolder.find(model))
-    console = Console(stderr=True)
+    console = _console()
     with console.status("loading the model"):
         from latentgen import LatentDiffusion
 
+        from .embeddings import read_embedding, said
+
+        for file in embeddings or ():
+            read_embedding(file)  # refused before the model is read
         pipe: LatentDiffusion = LatentDiffusion.from_pretrained(model, device, dtype, attention)
         for file in embeddings or ():
             token = pipe.load_embedding(file)
-            if not any(
-                token in text for text in [*request.prompt, *(request.negative_prompt or ())]
-            ):
+            texts = [*request.prompt, *(request.negative_prompt or ())]
+            if not any(map(said(token).search, texts)):
                 warnings.warn(f"{file} is called {token!r}, which no prompt says", stacklevel=1)
     columns = (
         TextColumn("drawing"),
@@ -528,14 +601,19 @@ def _finish(
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
-    """Turn errors into one line and an exit status."""
+def _reporting(**flags: str) -> Iterator[None]:
+    """Turn errors into one line and an exit status. `flags`: what a command calls a field."""
     try:
         yield
     except LatentgenError as error:
         text = str(error)
         if isinstance(error, InvalidRequest):
-            flags = {"num_inference_steps": "steps", "loras": "lora"}
+            flags = {
+                "num_inference_steps": "steps",
+                "loras": "lora",
+                "path": "embedding",
+                **flags,
+            }
             flag = flags.get(error.field, error.field)
             text = text.replace(error.field, _dashed(flag), 1)
         typer.echo(f"error: {text}", err=True)
@@ -556,21 +634,14 @@ def _check_output(path: Path) -> None:
     from .metadata import picture_format
 
     picture_format(path)
-    _check_writable(path)
+    check_file(path)
 
 
-def _check_writable(path: Path, field: str = "output") -> None:
-    """Refuse an output that cannot be written, before any time is spent on drawing."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder; add a file name")
-        if path.exists():
-            path.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InvalidRequest(field, str(path), f"cannot be written ({reason})") from error
+def _console() -> Console:
+    """For what only people at a terminal want to see."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
 def _sheet_name(path: Path) -> Path:
@@ -616,6 +687,15 @@ def _recorded_model(known: dict[str, Any]) -> str:
     raise InvalidRequest("model", name, "not bundled; say where it is: --model FOLDER or HUB ID")
 
 
+def _another_model(told: dict[str, str], model: Model) -> str | None:
+    """What there is to say if an infotext does not tell of this model, by its hash or its name."""
+    for key, own in (("Model hash", model.hash()), ("Model", model.name)):
+        if key in told:
+            name = told.get("Model", told[key])
+            return None if told[key] == own else f"its model, {name}; this is {model.name}"
+    return "its model, which it does not name"
+
+
 def _distance(first, copy: bytes) -> int | str:
     """The largest difference of any channel of any pixel, 0 to 255."""
     import io
@@ -623,11 +703,13 @@ def _distance(first, copy: bytes) -> int | str:
     import numpy as np
     from PIL import Image
 
-    one = np.asarray(first, dtype=int)
-    other = np.asarray(Image.open(io.BytesIO(copy)).convert("RGB"), dtype=int)
-    if one.shape != other.shape:
-        return f"the sizes differ, {one.shape[1::-1]} and {other.shape[1::-1]}"
-    return int(abs(one - other).max())
+    again = Image.open(io.BytesIO(copy)).convert("RGB")
+    if first.size != again.size:
+        (width, height), (w, h) = first.size, again.size
+        is_sheet = width % w == height % h == 0
+        sheet = "; it seems to be a sheet of several pictures" if is_sheet else ""
+        return f"the sizes differ, {width} x {height} and {w} x {h}{sheet}"
+    return int(abs(np.asarray(first, dtype=int) - np.asarray(again, dtype=int)).max())
 
 
 if __name__ == "__main__":

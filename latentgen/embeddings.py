@@ -1,25 +1,30 @@
-"""Textual inversion files (arXiv 2208.01618): a word, and the vectors it stands for.
+"""Textual inversion (arXiv 2208.01618): files that hold a word, and words in tokenizers and texts.
 
 diffusers  {token: (n, dim)} or {token: (dim,)}
 WebUI      {"emb_params": (n, dim)}, called by the name of the file
+
+A word of n vectors is n tokens: `word`, `word_1` and so on. One of letters is found only where it
+stands alone: `cat` is not in `concatenate`.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AddedToken
 
 from .errors import InvalidRequest
-from .modelfolder import CONVERT, PICKLES
+from .modelfolder import CONVERT, PICKLES, read_header
 
-__all__ = ["read_embedding"]
+__all__ = ["add_word", "parts_of_word", "read_embedding", "said", "spelled_out"]
 
 
-def read_embedding(file: Path, token: str | None = None) -> tuple[str, Tensor]:
+def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, Tensor]:
     """The word and its vectors (n, dim).
 
     Args:
@@ -28,22 +33,66 @@ def read_embedding(file: Path, token: str | None = None) -> tuple[str, Tensor]:
     Raises:
         InvalidRequest: no such file, or not a textual inversion.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise InvalidRequest("path", path, "the path of a .safetensors file")
+    file = Path(path).expanduser()
     if file.suffix.lower() in PICKLES:
         raise InvalidRequest("path", str(file), CONVERT)
-    try:
-        found = load_file(file)
-    except (SafetensorError, OSError) as error:
-        hint = f"damaged, missing or not a safetensors file ({error})"
-        raise InvalidRequest("path", str(file), hint) from error
-    if len(found) != 1:
-        hint = f"a textual inversion holds one word, this file {len(found)} tensors"
+    shapes = read_header(file, "path", "embedding")
+    if "clip_l" in shapes:
+        hint = "it is one for SDXL; latentgen draws with models of Stable Diffusion 1 and 2"
         raise InvalidRequest("path", str(file), hint)
-    ((word, vectors),) = found.items()
-    if vectors.ndim not in (1, 2) or not torch.isfinite(vectors).all():
-        hint = f"not vectors, but {tuple(vectors.shape)}, or not finite"
+    if len(shapes) != 1:
+        hint = f"a textual inversion holds one word, this file {len(shapes)} tensors"
         raise InvalidRequest("path", str(file), hint)
+    ((word, vectors),) = load_file(file).items()
+    if vectors.ndim not in (1, 2) or vectors.numel() == 0 or not vectors.is_floating_point():
+        hint = f"not vectors, but {tuple(vectors.shape)} of {vectors.dtype}"
+        raise InvalidRequest("path", str(file), hint)
+    if not torch.isfinite(vectors.float()).all():
+        raise InvalidRequest("path", str(file), "it has numbers that are not finite")
     if token is None:
         token = file.stem if word in ("emb_params", "*") else word
-    if not token or token != token.strip():
-        raise InvalidRequest("token", token, "a word without spaces around it")
+    if not isinstance(token, str) or token.split() != [token]:
+        raise InvalidRequest("token", token, "a word without spaces")
     return token, vectors.reshape(-1, vectors.shape[-1])
+
+
+def add_word(tokenizer, token: str, count: int, field: str = "token") -> list[int]:
+    """Teach the tokenizer a word of `count` vectors.
+
+    Returns:
+        The ids of its tokens.
+
+    Raises:
+        InvalidRequest: the tokenizer has it already, perhaps as an ordinary word.
+    """
+    parts, known = parts_of_word(token, count), tokenizer.get_vocab()
+    for part in parts:
+        if part in known or len(tokenizer(part, add_special_tokens=False).input_ids) == 1:
+            hint = "the tokenizer has this word already; choose another one, like <this>"
+            raise InvalidRequest(field, part, hint)
+    alone = _stands_alone(token)
+    tokenizer.add_tokens([AddedToken(part, single_word=alone) for part in parts])
+    return tokenizer.convert_tokens_to_ids(parts)
+
+
+def parts_of_word(token: str, count: int) -> list[str]:
+    """The tokens of a word of `count` vectors, named as diffusers names them."""
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
+
+
+def said(token: str) -> re.Pattern[str]:
+    """Where a text says a word, as the tokenizer finds it."""
+    word = re.escape(token)
+    return re.compile(rf"(?<!\w){word}(?!\w)" if _stands_alone(token) else word, re.IGNORECASE)
+
+
+def spelled_out(text: str, token: str, count: int) -> str:
+    """The text with all tokens of a word wherever it says the word."""
+    parts = " ".join(parts_of_word(token, count))
+    return said(token).sub(lambda _: parts, text)
+
+
+def _stands_alone(token: str) -> bool:
+    return re.fullmatch(r"\w(.*\w)?", token) is not None

@@ -52,4 +52,4 @@ class TrainingError(LatentgenError):
 def _shown(value: object) -> str:
     value = str(value) if isinstance(value, PurePath) else value
     text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:37]}...{text[-40:]}"  # a path ends in its name

@@ -40,7 +40,8 @@ from transformers import (
 
 from .errors import InvalidRequest
 from .images import contact_sheet
-from .pipeline import LatentDiffusion
+from .modelfolder import fetch, is_hub_id
+from .pipeline import LatentDiffusion, quietly
 from .promptfile import PromptSet
 
 __all__ = ["Evaluation", "Judge", "evaluate", "measure"]
@@ -88,18 +89,20 @@ class Judge:
         processor: str | Path = path / "image_encoder"
         if (path / "image_encoder").is_dir():
             self.tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-            text = CLIPTextModel.from_pretrained(path / "text_encoder", use_safetensors=True)
-            vision = CLIPVisionModelWithProjection.from_pretrained(
-                path / "image_encoder", use_safetensors=True
-            )
+            text = _load(CLIPTextModel, path / "text_encoder")
+            vision = _load(CLIPVisionModelWithProjection, path / "image_encoder")
             self._read: Callable[[Tensor], Tensor] = lambda ids: text(ids).pooler_output
             self._see: Callable[[Tensor], Tensor] = lambda pixels: vision(pixels).image_embeds
         else:
             processor = folder
+            hint = "a CLIP in transformers' layout, or a model folder with an image_encoder"
+            if not path.is_dir():
+                if not is_hub_id(folder):
+                    raise InvalidRequest("clip", str(folder), f"no such folder; give {hint}")
+                fetch(str(folder), ["*.json"], field="clip")  # at once, or not at all
             try:
-                clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
+                clip = _load(CLIPModel, folder)
             except (OSError, ValueError) as error:
-                hint = "a CLIP in transformers' layout, or a model folder with an image_encoder"
                 raise InvalidRequest("clip", str(folder), hint) from error
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
             self._read = lambda ids: clip.get_text_features(ids).pooler_output
@@ -209,6 +212,10 @@ def measure(
     if real is not None:
         metrics["kid"] = _kid(seen, judge.see(real))
     return metrics
+
+
+def _load(kind: Any, folder: str | Path) -> Any:
+    return quietly(kind.from_pretrained, folder, use_safetensors=True)
 
 
 def _kid(drawn: Tensor, real: Tensor) -> float:

@@ -126,7 +126,7 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
 
 
-def read_pictures(folder: str | Path) -> list[Image.Image]:
+def read_pictures(folder: str | Path, field: str = "folder") -> list[Image.Image]:
     """Every picture below a folder in the order of their paths, in RGB on white.
 
     Raises:
@@ -134,7 +134,8 @@ def read_pictures(folder: str | Path) -> list[Image.Image]:
     """
     files = picture_files(Path(folder))
     if not files:
-        raise InvalidRequest("folder", str(folder), f"it holds no picture ({sorted(SUFFIXES)})")
+        hint = f"it holds no pictures ({', '.join(sorted(SUFFIXES))})"
+        raise InvalidRequest(field, str(folder), hint)
     return [load_image(file, "picture") for file in files]
 
 

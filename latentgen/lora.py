@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from .errors import InvalidRequest
 from .lorafolder import checked, files_of
+from .lorakeys import flatten_path, place, unflatten_path
+from .outputs import check_file, check_folder
 
 __all__ = [
     "LAYOUTS",
@@ -53,31 +55,6 @@ MANIFEST = "latentgen.manifest"
 
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration
 _PARTS = ("unet", "text_encoder")
-_UNET_ROOTS = {
-    *("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding"),
-    *("down_blocks", "mid_block", "up_blocks", "encoder_hid_proj"),
-}
-_TEXT_ROOTS = {"encoder", "embeddings", "text_projection"}
-_ROLES = {
-    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), "down"),
-    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), "up"),
-    **dict.fromkeys(("lora_magnitude_vector", "dora_scale"), "magnitude"),
-    "alpha": "alpha",
-}
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:(unet|text_encoder)\.)?(.+)"
-    rf"\.({'|'.join(map(re.escape, _ROLES))})(?:\.default)?(?:\.weight)?"
-)
-# The words of module paths that have an underscore of their own.
-_WORDS = (
-    *("add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "class_embedding", "cond_proj"),
-    *("conv_in", "conv_out", "conv_shortcut", "down_blocks", "encoder_hid_proj", "linear_1"),
-    *("linear_2", "mid_block", "out_proj", "position_embedding", "proj_in", "proj_out"),
-    *("k_proj", "q_proj", "self_attn", "text_model", "text_projection", "time_emb_proj"),
-    *("time_embedding", "to_add_out", "to_k", "to_out", "to_q", "to_v", "token_embedding"),
-    *("transformer_blocks", "up_blocks", "v_proj"),
-)
-_WORD = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?:_|$)")
 
 
 @dataclass(frozen=True)
@@ -142,13 +119,12 @@ def read_lora(file: str | Path) -> Lora:
             named `unet` and `text_encoder`.
 
     Raises:
-        InvalidRequest: it is missing, damaged, or has keys that are not a LoRA's; lists them.
+        InvalidRequest: it is missing, damaged, not a LoRA, or has numbers that are not finite.
     """
     path = checked(Path(file))
     tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
     configs: dict[str, dict[str, Any]] = {}
     metadata: dict[str, str] = {}
-    strange: list[str] = []
     layout = "peft" if path.is_dir() else "diffusers"
     for source in files_of(path):
         if source.suffix == ".json":
@@ -158,11 +134,9 @@ def read_lora(file: str | Path) -> Lora:
         configs |= _configs(header)
         own = _own_config(source, found)
         for key, value in found.items():
-            place = _place(key)
-            if place is None:
-                strange.append(key)
-                continue
-            part, module, role = place
+            known = place(key)
+            assert known is not None  # or it would have been refused
+            part, module, role = known
             is_kohyas = key.startswith("lora_")
             layout = "kohya" if is_kohyas else layout
             if role == "magnitude":
@@ -175,74 +149,28 @@ def read_lora(file: str | Path) -> Lora:
 
     layers: dict[str, dict[str, Layer]] = {part: {} for part in _PARTS}
     for (part, module), roles in tensors.items():
-        down, up, given = (roles.get(role) for role in ("down", "up", "alpha"))
-        if down is None or up is None or not _fit_together(down, up, given):
-            strange += [f"{part}.{module}: {', '.join(roles)}"]
-            continue
-        if given is not None:
-            alpha = given.item()
+        down, up = roles["down"], roles["up"]
+        if "alpha" in roles:
+            alpha = roles["alpha"].item()
         else:
             alpha = _configured_alpha(configs.get(part), module, down.shape[0])
         layers[part][module] = Layer(down, up, alpha, roles.get("magnitude"))
-    if strange:
-        listed = ", ".join(strange[:10]) + (", ..." if len(strange) > 10 else "")
-        hint = f"{len(strange)} of its keys are not those of a Stable Diffusion LoRA: {listed}"
-        raise InvalidRequest("loras", str(path), hint)
-    if not tensors:
-        raise InvalidRequest("loras", str(path), "there is nothing in it")
     metadata.pop("format", None)
     metadata.pop(_ADAPTER_METADATA, None)
     return Lora(layers["unet"], layers["text_encoder"], metadata, layout)
 
 
-def flatten_path(path: str) -> str:
-    """A module path as kohya writes it."""
-    return path.replace(".", "_")
-
-
-def unflatten_path(flat: str) -> str:
-    """The module path that kohya wrote flat: `mid_block_resnets_0` is `mid_block.resnets.0`."""
-    return ".".join(_WORD.findall(flat))
-
-
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            header = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        hint = f"damaged, missing or not a safetensors file ({error})"
-        raise InvalidRequest("loras", str(file), hint) from error
-
-
-def _place(key: str) -> tuple[str, str, str] | None:
-    """Part, module path and role that a key stands for; None if it is not a LoRA's."""
-    found = _KEY.fullmatch(_modern(key))
-    if found is None:
-        return None
-    part, path, role = found.groups()
-    if flat := re.fullmatch(r"lora_(unet|te1?)_(.+)", path):
-        part = "unet" if flat[1] == "unet" else "text_encoder"
-        path = unflatten_path(flat[2])
-    path = path.removeprefix("text_model.")
-    root = path.partition(".")[0]
-    owner = "unet" if root in _UNET_ROOTS else "text_encoder" if root in _TEXT_ROOTS else None
-    if owner is None or part not in (None, owner):
-        return None
-    return owner, path, _ROLES[role]
-
-
-def _modern(key: str) -> str:
-    """A key of diffusers before 2024 as it is spelt since."""
-    key = key.replace(".processor.", ".")
-    key = re.sub(r"\.self_attn\.to_(\w+)_lora\.", r".self_attn.\1_proj.lora.", key)
-    key = key.replace(".to_out_lora.", ".to_out.0.lora.")
-    return re.sub(r"\.to_([qkv])_lora\.", r".to_\1.lora.", key)
-
-
-def _fit_together(down: Tensor, up: Tensor, alpha: Tensor | None) -> bool:
-    one_number = alpha is None or (alpha.numel() == 1 and math.isfinite(alpha.item()))
-    matrices = down.ndim in (2, 4) and up.ndim in (2, 4)
-    return one_number and matrices and up.shape[1:].numel() == down.shape[0] > 0
+        raise InvalidRequest("loras", str(file), f"cannot be read ({error})") from error
+    for key, value in tensors.items():
+        if not torch.isfinite(value.float()).all():  # float8 knows no isfinite
+            raise InvalidRequest("loras", str(file), f"{key} has numbers that are not finite")
+    return tensors, header
 
 
 def _configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -346,6 +274,7 @@ def write_lora(
         raise InvalidRequest("layout", layout, f"one of {', '.join(LAYOUTS)}")
     if layout != "peft" and path.suffix != ".safetensors":
         raise InvalidRequest("file", str(path), "the name must end in .safetensors")
+    (check_folder if layout == "peft" else check_file)(path, "file")
     parts = {"unet": lora.unet, "text_encoder": lora.text_encoder}
     parts = {part: layers for part, layers in parts.items() if layers}
     if layout == "kohya":

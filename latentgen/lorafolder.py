@@ -1,8 +1,8 @@
 """Which LoRAs a request means: files, names, and the `<lora:name:0.8>` of prompts.
 
 A name is that of a LoRA which `load_lora` loaded, or of a file `NAME.safetensors` in the folder
-`$LATENTGEN_HOME/loras`; without that variable, LATENTGEN_HOME is the user's data folder. Names are
-compared with the files that are there, so none leads out of the folder.
+`loras` of latentgen's home. Names are compared with the files that are there, so none leads out of
+the folder.
 
 Nothing here imports torch or reads weights: `lora.py` reads the files, `adapters.py` applies them.
 """
@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InvalidRequest
+from .home import home
+from .lorakeys import check_header
 from .modelfolder import CONVERT, PICKLES, file_sha256
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "take_tags",
 ]
 
+MAX_WEIGHT = 100.0
 _TAG = re.compile(r"<lora:([^>]*)>")
 
 
@@ -43,7 +45,7 @@ class LoraUse:
 
     Attributes:
         name: what prompts and metadata call it; a file's is its name without the ending.
-        weight: how strongly to apply its U-Net part; 1 as trained, 0 not at all.
+        weight: how strongly to apply its U-Net part; 1 as trained, 0 not at all; -100 to 100.
         text_encoder_weight: the same for its text encoder part; None: the same as `weight`.
         path: its file, or its folder in the PEFT layout; None: to be found by its name.
         sha256: of what is at `path`; filled in when it is found.
@@ -90,16 +92,19 @@ def parse(asked: Any) -> LoraUse:
     """
     if isinstance(asked, LoraUse):
         return asked
-    weights: Sequence[Any] = ()
+    whole, weights = asked, []
     if isinstance(asked, list | tuple) and 1 <= len(asked) <= 3:
         asked, *weights = asked
     elif isinstance(asked, str) and not os.path.exists(asked):
         # A colon before a slash belongs to the path (C:\...).
-        found = re.fullmatch(r"(.+?):([^:/\\]*)(?::([^:/\\]*))?", asked)
-        asked, *weights = [p for p in found.groups() if p is not None] if found else [asked]
+        if found := re.fullmatch(r"(.+?)((?::[^:/\\]*)+)", asked):
+            asked, weights = found[1], found[2].split(":")[1:]
+        if len(weights) > 2:
+            raise InvalidRequest("loras", whole, "write FILE:0.8 or FILE:TEXT_ENCODER:UNET")
     if not isinstance(asked, str | os.PathLike) or not str(asked):
         raise InvalidRequest("loras", asked, "a file or name, perhaps with weights: 'FILE:0.8'")
-    text_encoder, unet = (weights[0], weights[-1]) if weights else (1.0, 1.0)
+    numbers = [_number(weight, whole) for weight in weights]
+    text_encoder, unet = (numbers[0], numbers[-1]) if numbers else (1.0, 1.0)
     path = Path(asked).expanduser()
     is_path = len(path.parts) > 1 or path.suffix.lower() in {".safetensors", *PICKLES}
     if not is_path and not os.path.isfile(path) and not files_of(path):
@@ -112,9 +117,14 @@ def take_tags(prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[LoraUse, .
     """Take `<lora:name:te:unet>` out of prompts.
 
     Raises:
-        InvalidRequest: a tag that is not understood, or prompts with different tags, which one
-            call of the model cannot draw together.
+        InvalidRequest: a tag that is not understood or has no end, or prompts with different tags,
+            which one call of the model cannot draw together.
     """
+    for text in prompts:
+        _, unfinished, rest = _TAG.sub("", text).partition("<lora:")
+        if unfinished:
+            hint = "its > is missing; write <lora:NAME:0.8>"
+            raise InvalidRequest("prompt", f"{unfinished}{rest}", hint)
     found = {tuple(_from_tag(body) for body in _TAG.findall(text)) for text in prompts}
     if len(found) > 1:
         hint = "the prompts of one call need the same <lora:...>; make a call for each"
@@ -155,15 +165,7 @@ def resolve(
 
 def folder() -> Path:
     """Where LoRAs are found by name."""
-    if home := os.environ.get("LATENTGEN_HOME"):
-        return Path(home).expanduser() / "loras"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "latentgen" / "loras"
+    return home() / "loras"
 
 
 def files_of(path: Path) -> list[Path]:
@@ -204,7 +206,7 @@ def checked(path: Path) -> Path:
     """The path, if a LoRA may be there.
 
     Raises:
-        InvalidRequest: nothing is there, or a pickle, or something else.
+        InvalidRequest: nothing is there, or a pickle, or something else; see `check_header`.
     """
     if path.suffix.lower() in PICKLES:
         raise InvalidRequest("loras", str(path), CONVERT)
@@ -216,6 +218,9 @@ def checked(path: Path) -> Path:
         raise InvalidRequest("loras", str(path), "no such file")
     elif path.suffix != ".safetensors":
         raise InvalidRequest("loras", str(path), "a LoRA must be a .safetensors file")
+    for file in files_of(path):
+        if file.suffix == ".safetensors":
+            check_header(file)
     return path
 
 
@@ -231,11 +236,13 @@ def _from_tag(body: str) -> LoraUse:
         raise InvalidRequest("prompt", f"<lora:{body}>", hint) from None
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: Any, asked: Any) -> float:
+    """A weight of the LoRA that was asked for in these words."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise InvalidRequest("loras", value, f"the weight of {name} must be a number, like 0.8")
+    if not abs(number) <= MAX_WEIGHT:  # also catches NaN
+        hint = f"its weight must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, not {value!r}"
+        raise InvalidRequest("loras", asked, hint)
     return number

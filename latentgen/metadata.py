@@ -50,9 +50,11 @@ __all__ = [
     "picture_format",
     "read",
     "record",
+    "recorded",
     "request_from_infotext",
     "request_from_record",
     "save_result",
+    "text_of",
     "versions",
 ]
 
@@ -190,18 +192,11 @@ def infotext(result: Result, k: int) -> str:
 
 def record(result: Result, k: int, quality: int = QUALITY) -> dict[str, Any]:
     """All that is needed to make picture `k` again, as JSON."""
-    request = {
-        field.name: getattr(result.request, field.name)
-        for field in fields(Request)
-        if field.name not in _NOT_RECORDED
-    }
-    if loras := [_told(use) for use in result.request.loras]:
-        request["loras"] = loras
     pictures = {name: getattr(result.request, name) for name in _PICTURES}
     model = result.model
     return {
         "index": k,
-        "request": {key: value for key, value in request.items() if value is not None},
+        "request": recorded(result.request),
         "pictures": {name: fingerprint(p) for name, p in pictures.items() if p is not None},
         "model": {
             "name": model.name,
@@ -213,6 +208,18 @@ def record(result: Result, k: int, quality: int = QUALITY) -> dict[str, Any]:
         "quality": quality,
         "versions": versions(),
     }
+
+
+def recorded(request: Request) -> dict[str, Any]:
+    """The request as JSON, without its pictures; `request_from_record` reads it."""
+    fields_told = {
+        field.name: getattr(request, field.name)
+        for field in fields(Request)
+        if field.name not in _NOT_RECORDED
+    }
+    if loras := [_told(use) for use in request.loras]:
+        fields_told["loras"] = loras
+    return {key: value for key, value in fields_told.items() if value is not None}
 
 
 def versions() -> dict[str, str]:
@@ -251,21 +258,28 @@ def read(path: str | Path) -> Picture:
     image = load_image(path, "picture")
     with Image.open(path) as file:
         file.load()  # a PNG may have its text behind the pixels
-        info, format = file.info, file.format
-        exif = file.getexif().get_ifd(_EXIF)
-    text = info.get("parameters")
+        format, text, known = file.format, text_of(file), _record_of(file)
+    return Picture(image, format if format and format in FORMATS.values() else "PNG", text, known)
+
+
+def text_of(image: Image.Image) -> str | None:
+    """The infotext of a picture that Pillow opened."""
+    exif = image.getexif().get_ifd(_EXIF)
+    text = image.info.get("parameters")
     if text is None and _USER_COMMENT in exif:
         text = _user_comment(exif[_USER_COMMENT])
-    if text is None and isinstance(info.get("comment"), bytes):
-        text = info["comment"].decode("utf-8", "replace")
-    packed = info.get("latentgen") or exif.get(_MAKER_NOTE)
+    if text is None and isinstance(image.info.get("comment"), bytes):
+        text = image.info["comment"].decode("utf-8", "replace")
+    return text
+
+
+def _record_of(image: Image.Image) -> dict[str, Any] | None:
+    packed = image.info.get("latentgen") or image.getexif().get_ifd(_EXIF).get(_MAKER_NOTE)
     try:
         known = json.loads(packed) if packed else None
     except (ValueError, TypeError, RecursionError):  # a camera's own maker note
         known = None
-    if not _is_record(known):
-        known = None
-    return Picture(image, format if format and format in FORMATS.values() else "PNG", text, known)
+    return known if _is_record(known) else None
 
 
 def parse_infotext(text: str) -> Infotext:

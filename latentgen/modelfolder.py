@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,8 +29,11 @@ __all__ = [
     "Model",
     "bundled_models",
     "cached_models",
+    "fetch",
     "file_sha256",
     "find",
+    "is_hub_id",
+    "read_header",
     "read_json",
 ]
 
@@ -52,6 +56,17 @@ CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
     "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')` "
     "or look for a .safetensors version"
+)
+_KINDS_OF_FILE = {
+    "model": "a model; use it with --model (in Python: from_single_file)",
+    "LoRA": "a LoRA; use it with --lora (in Python: load_lora)",
+    "embedding": "a textual inversion; use it with --embedding (in Python: load_embedding)",
+}
+_OF_CHECKPOINTS = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
 )
 
 
@@ -128,18 +143,47 @@ def find(model: str | Path, revision: str | None = None) -> Model:
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise InvalidRequest("model", str(model), "a checkpoint must be a .safetensors file")
-        _check_safetensors(path)
+        _check_checkpoint(path)
         return Model(path.stem, path)
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+    if not is_hub_id(model):
         raise InvalidRequest(
             "model",
             str(model),
             "no such folder or file; give a folder with a model_index.json, a .safetensors file "
             "or a hub id such as someone/some-model",
         )
-    return _from_folder(_fetch_json(str(model), revision), str(model), str(model), revision)
+    folder = fetch(str(model), ["*.json"], revision)
+    return _from_folder(folder, str(model), str(model), revision)
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name may be that of somebody's repository on the hub: owner/name."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) is not None
+
+
+def fetch(
+    hub_id: str, patterns: list[str], revision: str | None = None, field: str = "model"
+) -> Path:
+    """The folder with some files of a repository on the hub; what is here is not fetched again.
+
+    Raises:
+        InvalidRequest: there is no such repository, or the hub is out of reach.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        hint = "not on this machine, and the hub is out of reach (or HF_HUB_OFFLINE)"
+        raise InvalidRequest(field, hub_id, hint) from error
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidRequest(field, hub_id, f"the hub says: {reason}") from error
+    except OSError as error:
+        raise InvalidRequest(field, hub_id, f"the hub is out of reach: {error}") from error
 
 
 def bundled_models() -> list[Model]:
@@ -180,6 +224,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidRequest("model", str(path), "must hold a JSON object")
     return content
+
+
+def read_header(
+    file: Path, field: str = "model", wanted: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name, from its header alone.
+
+    Args:
+        wanted: "model", "LoRA" or "embedding".
+
+    Raises:
+        InvalidRequest: there is no such file, its header is damaged or does not fit its size, or
+            it is plainly of another kind than `wanted`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise InvalidRequest(field, str(file), "no such file")
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        hint = f"damaged or not a safetensors file ({error}); fetch it again"
+        raise InvalidRequest(field, str(file), hint) from error
+    kind = _kind(shapes.keys())
+    if None not in (kind, wanted) and kind != wanted:
+        raise InvalidRequest(field, str(file), f"this is {_KINDS_OF_FILE[str(kind)]}")
+    return shapes
 
 
 def file_sha256(file: Path) -> str:
@@ -242,23 +314,6 @@ def _own_defaults(path: Path) -> dict[str, Any]:
     return own
 
 
-def _fetch_json(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json"]))
-    except LocalEntryNotFoundError as error:
-        raise InvalidRequest(
-            "model", hub_id, "not on this machine, and the hub is out of reach (or HF_HUB_OFFLINE)"
-        ) from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidRequest("model", hub_id, f"the hub says: {reason}") from error
-    except OSError as error:
-        raise InvalidRequest("model", hub_id, f"the hub is out of reach: {error}") from error
-
-
 def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -266,20 +321,26 @@ def _check_weights(folder: Path) -> None:
         hint = CONVERT if pickles else "its weights are missing: no .safetensors file there"
         raise InvalidRequest("model", str(pickles[0] if pickles else folder), hint)
     for file in files:
-        _check_safetensors(file)
+        read_header(file)
 
 
-def _check_safetensors(file: Path) -> None:
-    """Read the header and hold it against the size of the file."""
-    from safetensors import SafetensorError, safe_open
+def _kind(names: Set[str]) -> str | None:
+    """What kind of file has tensors of these names, where that is plain."""
+    if any("lora" in name for name in names):
+        return "LoRA"
+    if any(name.startswith(_OF_CHECKPOINTS) for name in names):
+        return "model"
+    return "embedding" if len(names) == 1 or names == {"clip_l", "clip_g"} else None
 
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InvalidRequest(
-            "model", str(file), f"damaged or not a safetensors file ({error}); fetch it again"
-        ) from error
+
+def _check_checkpoint(file: Path) -> None:
+    names = read_header(file, "model", "model").keys()
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        hint = "no Stable Diffusion checkpoint: it holds no model.diffusion_model"
+        raise InvalidRequest("model", str(file), hint)
+    if any(name.startswith("conditioner.") for name in names):
+        hint = "a checkpoint of SDXL; latentgen draws with models of Stable Diffusion 1 and 2"
+        raise InvalidRequest("model", str(file), hint)
 
 
 @cache

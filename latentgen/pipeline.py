@@ -2,10 +2,10 @@
 
     request -> tokens -> prompt embeddings -> starting latents -> the denoising loop -> decode
 
-`LatentDiffusion` is a diffusers pipeline (VAE, text encoder, U-Net, scheduler), so loading, saving,
-textual inversion and offloading are diffusers'. The drawing is ours: text-to-image, image-to-image
-and inpainting are one method, `_draw`, and differ only in the data they hand to the loop in
-`denoise.py`. LoRAs are applied by `adapters.py`, which leaves the weights alone.
+`LatentDiffusion` is a diffusers pipeline (VAE, text encoder, U-Net, scheduler), so loading, saving
+and offloading are diffusers'. The drawing is ours: text-to-image, image-to-image and inpainting are
+one method, `_draw`, and differ only in the data they hand to the loop in `denoise.py`. LoRAs are
+applied by `adapters.py`, which leaves the weights alone.
 """
 
 from __future__ import annotations
@@ -21,18 +21,14 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders import (
-    FromSingleFileMixin,
-    StableDiffusionLoraLoaderMixin,
-    TextualInversionLoaderMixin,
-)
+from diffusers.loaders import FromSingleFileMixin
 from PIL import Image
 from torch import Tensor
 
 from . import adapters, images, latents, lorafolder, modelfolder, schedulers
 from .conditioning import MaskBlend, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
-from .embeddings import read_embedding
+from .embeddings import add_word, read_embedding, said, spelled_out
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
 from .lora import read_lora
@@ -116,12 +112,7 @@ class Step:
         return self._preview(index)
 
 
-class LatentDiffusion(
-    DiffusionPipeline,
-    StableDiffusionLoraLoaderMixin,
-    TextualInversionLoaderMixin,
-    FromSingleFileMixin,
-):
+class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
     """A Stable Diffusion model, ready to draw.
 
     Make one with `from_pretrained` or `from_single_file`, or from components in memory, which may
@@ -190,7 +181,7 @@ class LatentDiffusion(
             return cls.from_single_file(model, device, dtype, attention)
         device, dtype = _pick(device, dtype, attention)
         try:
-            pipe = _quietly(
+            pipe = quietly(
                 super().from_pretrained,
                 str(found.path) if found.hub_id is None else found.hub_id,
                 revision=revision,
@@ -222,10 +213,10 @@ class LatentDiffusion(
         """
         found = modelfolder.find(path)
         if not found.is_single_file:
-            raise InvalidRequest("path", str(path), "not a file; from_pretrained loads folders")
+            raise InvalidRequest("model", str(path), "not a file; from_pretrained loads folders")
         device, dtype = _pick(device, dtype, attention)
         try:
-            pipe = _quietly(
+            pipe = quietly(
                 super().from_single_file,
                 str(found.path),
                 dtype=dtype,
@@ -237,12 +228,12 @@ class LatentDiffusion(
                 f"cannot be read as a Stable Diffusion checkpoint ({_first_line(error)}); "
                 "if this machine is offline, name a model folder of the same kind as config"
             )
-            raise InvalidRequest("path", str(path), hint) from error
+            raise InvalidRequest("model", str(path), hint) from error
         return pipe._settle(None, device, attention, name=found.name, path=found.path)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save as a folder that every program of the field loads as a Stable Diffusion model."""
-        _quietly(super().save_pretrained, save_directory, **kwargs)
+        quietly(super().save_pretrained, save_directory, **kwargs)
         index = Path(save_directory) / "model_index.json"
         text = index.read_text("utf-8")
         index.write_text(text.replace('"LatentDiffusion"', '"StableDiffusionPipeline"'), "utf-8")
@@ -330,23 +321,28 @@ class LatentDiffusion(
             The word.
 
         Raises:
-            InvalidRequest: the file is missing, damaged or for another text encoder, or the
-                tokenizer knows the word already.
+            InvalidRequest: the file is missing, damaged or for another text encoder, or the word
+                is in the tokenizer's vocabulary.
         """
-        file = Path(path).expanduser()
-        token, vectors = read_embedding(file, token)
-        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        token, vectors = read_embedding(path, token)
+        rows, width = self.text_encoder.get_input_embeddings().weight.shape
         if vectors.shape[1] != width:
             hint = f"made for another model: vectors of {vectors.shape[1]} numbers, not {width}"
-            raise InvalidRequest("path", str(file), hint)
-        words = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]
-        known = self.tokenizer.get_vocab()
-        if taken := [word for word in words if word in known]:
-            hint = "the tokenizer has this word already; choose another one"
-            raise InvalidRequest("token", ", ".join(taken), hint)
-        _quietly(self.load_textual_inversion, {token: vectors}, token=token)
-        self._embeddings[token] = modelfolder.file_sha256(file)
+            raise InvalidRequest("path", str(path), hint)
+        ids = add_word(self.tokenizer, token, len(vectors))
+        rows = max(rows, len(self.tokenizer))
+        table = self.text_encoder.resize_token_embeddings(rows, mean_resizing=False).weight
+        table.data[ids] = vectors.to(table)
+        self._embeddings[token] = modelfolder.file_sha256(Path(path).expanduser())
         return token
+
+    def load_lora_weights(self, *args, **kwargs):
+        """diffusers' name for `load_lora`: it would leave no trace in a picture's metadata."""
+        raise InvalidRequest("load_lora_weights", args, "use load_lora(FILE, WEIGHT)")
+
+    def load_textual_inversion(self, *args, **kwargs):
+        """diffusers' name for `load_embedding`, with the same flaw."""
+        raise InvalidRequest("load_textual_inversion", args, "use load_embedding(FILE)")
 
     def _fit_lora(self, use: LoraUse) -> adapters.Adapter:
         assert use.path is not None
@@ -519,9 +515,13 @@ class LatentDiffusion(
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded."""
-        # Somebody may have used diffusers' own load_textual_inversion, so ask the tokenizer.
-        if any(name.endswith("_1") for name in self.tokenizer.added_tokens_encoder):
-            return self.maybe_convert_prompt(text, self.tokenizer)
+        added = self.tokenizer.added_tokens_encoder  # they may be another program's
+        for token in added:
+            count = 1
+            while f"{token}_{count}" in added:
+                count += 1
+            if count > 1:
+                text = spelled_out(text, token, count)
         return text
 
     def _embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:
@@ -530,7 +530,7 @@ class LatentDiffusion(
         called = {
             token: sha256[:12]
             for token, sha256 in self._embeddings.items()
-            if any(token in text for text in texts)
+            if any(said(token).search(text) for text in texts)
         }
         if not called:
             return {}
@@ -668,7 +668,9 @@ def _pick(
         picked = torch.device(device)
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        hint = f"not on this machine ({_first_line(error)})"
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        names = ", ".join([name for name, is_there in there.items() if is_there] + ["cpu"])
+        hint = f"cuda, mps or cpu; this machine has: {names}"
         raise InvalidRequest("device", str(device), hint) from error
     if dtype is None:
         dtype = torch.float16 if picked.type == "cuda" else torch.float32
@@ -688,7 +690,7 @@ def _pick(
     return picked, dtype
 
 
-def _quietly(work: Callable, *args, **kwargs):
+def quietly(work: Callable, *args, **kwargs):
     """Load or save without the libraries' progress bars and advice: errors still come through."""
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -269,7 +269,8 @@ class Request:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise InvalidRequest(name, value, f"a whole number from {low} to {high}")
         if not low <= value <= high:
-            raise InvalidRequest(name, value, f"must lie between {low} and {high}")
+            random = "; leave it out for a random one" if name == "seed" else ""
+            raise InvalidRequest(name, value, f"must lie between {low} and {high}{random}")
         self._set(name, value.__index__())
 
     def _number(self, name: str, low: float, high: float) -> None:

@@ -2,7 +2,7 @@
 
     request -> drawing.py  what to draw, checked and resolved; the seed is chosen here
             -> jobs.py     on disk before the answer goes out
-            -> worker.py   another process: the model, batches, pictures into files
+            -> worker.py   in another process (process.py): the model, batches, pictures as files
             <- live.py     progress and previews while it draws
 
     app.py        puts it together: security, errors, health, metrics

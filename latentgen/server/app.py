@@ -12,6 +12,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +26,37 @@ from .service import Gone, Service
 from .settings import Settings
 
 __all__ = ["create_app"]
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="the field that is wrong")
+    code: str | None
+
+
+class Refusal(BaseModel):
+    """The shape of OpenAI's errors, and of ours."""
+
+    error: Problem
+
+
+class WebuiRefusal(BaseModel):
+    """The shape of the WebUI's errors."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
+WEBUI_REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": WebuiRefusal},
+    "5XX": {"model": WebuiRefusal},
+}
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -48,8 +80,9 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # their scripts would come from elsewhere
         redoc_url=None,
     )
-    for api in (native, openai, webui):
-        app.include_router(api.router)
+    app.include_router(native.router, responses=REFUSALS)
+    app.include_router(openai.router, responses=REFUSALS)
+    app.include_router(webui.router, responses=WEBUI_REFUSALS)
     _add_errors(app)
     _add_watching(app, settings)
     app.add_middleware(Guard, settings=settings)
@@ -60,22 +93,22 @@ def _add_errors(app: FastAPI) -> None:
     """Every refusal is JSON, says what would work, and has the shape of the API it belongs to."""
 
     def answer(
-        request: Request, status: int, message: str, field: str | None = None, kind: str = ""
+        request: Request, status: int, message: str, field: str | None = None
     ) -> JSONResponse:
-        body: Any
-        path = request.url.path
-        if path.startswith(webui.router.prefix):
-            body = {"error": kind or "HTTPException", "detail": message, "body": "", "errors": ""}
+        body: BaseModel
+        if request.url.path.startswith(webui.router.prefix):
+            body = WebuiRefusal(error="HTTPException", detail=message, body="", errors="")
         else:
             kind = "invalid_request_error" if status < 500 else "server_error"
-            body = {"error": {"message": message, "type": kind, "param": field, "code": None}}
+            problem = Problem(message=message, type=kind, param=field, code=None)
+            body = Refusal(error=problem)
         headers = {}
         if status == 429:
             live = request.app.state.service.live
             headers["Retry-After"] = str(min(60, max(1, math.ceil(live.mean_seconds))))
         elif status >= 500:
             headers["x-should-retry"] = "false"  # it would fail again
-        return JSONResponse(body, status, headers)
+        return JSONResponse(body.model_dump(), status, headers)
 
     def in_their_words(request: Request, field: str) -> str:
         for api in (openai, webui):

@@ -19,6 +19,11 @@ __all__ = ["ProgressView", "router", "service_of", "view"]
 
 router = APIRouter(tags=["jobs"])
 
+# of endpoints that answer with something else than JSON
+NO_SUCH: dict[int | str, dict[str, Any]] = {
+    404: {"description": "There is no such one", "content": {"application/json": {}}}
+}
+
 
 def service_of(request: Request) -> Service:
     """The server's jobs, for endpoints."""
@@ -138,7 +143,7 @@ def get_job(state: TheJob, service: TheService) -> JobView:
     return view(service, state)
 
 
-@router.get("/jobs/{id}/events", response_class=EventSourceResponse)
+@router.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=NO_SUCH)
 async def follow_job(state: TheJob, service: TheService) -> AsyncIterator[ServerSentEvent]:
     """Follow a job: `status` (the job) when it changes and when it has ended, `progress` after each
     step, `preview` (`number`, `png` in base64) as often as the drawing's `previews` says."""
@@ -183,7 +188,7 @@ def list_images(
     return GalleryView(images=[f"/images/{name}" for name in service.gallery(limit, offset)])
 
 
-@router.get("/images/{day}/{name}", response_class=FileResponse)
+@router.get("/images/{day}/{name}", response_class=FileResponse, responses=NO_SUCH)
 def get_image(day: str, name: str, service: TheService) -> FileResponse:
     """A picture, with its metadata inside."""
     file = service.picture(f"{day}/{name}")

@@ -55,6 +55,12 @@ NAMES = {  # of our fields, in this API
 }
 
 
+# an answer in one piece, or a stream of events
+EITHER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+
+
 class Common(BaseModel):
     """The fields of all three endpoints. An explicit null means: not given."""
 
@@ -101,7 +107,18 @@ class Variation(Common):
     strength: float | None = Field(None, ge=0, le=1)
 
 
-@router.post("/images/generations", response_model=None)
+def _form(kind: type[BaseModel], files: dict[str, bool]) -> dict[str, Any]:
+    """What the OpenAPI document says of a form: fields, and files that must or may come along."""
+    fields = kind.model_json_schema()
+    properties = fields["properties"] | {"loras": {"type": "string", "description": "JSON"}}
+    properties |= {name: {"type": "string", "format": "binary"} for name in files}
+    needed = fields.get("required", []) + [name for name, must in files.items() if must]
+    schema = {"type": "object", "properties": properties, "required": needed}
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/images/generations", response_model=None, responses=EITHER)
 async def generations(asked: Generation, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
     return await _answer(service, request, asked, "image_generation")
@@ -110,12 +127,8 @@ async def generations(asked: Generation, request: Request, service: TheService) 
 @router.post(
     "/images/edits",
     response_model=None,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"multipart/form-data": {"schema": {"type": "object"}}},
-        }
-    },
+    responses=EITHER,
+    openapi_extra=_form(Edit, {"image": True, "mask": False}),
 )
 async def edits(request: Request, service: TheService) -> Response:
     """Repaint what is transparent in the mask or the image; without any, redraw the image."""
@@ -136,12 +149,7 @@ async def edits(request: Request, service: TheService) -> Response:
 @router.post(
     "/images/variations",
     response_model=None,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"multipart/form-data": {"schema": {"type": "object"}}},
-        }
-    },
+    openapi_extra=_form(Variation, {"image": True}),
 )
 async def variations(request: Request, service: TheService) -> Response:
     """Redraw a picture, by the prompt that its metadata tells or by `prompt`, a field of ours."""

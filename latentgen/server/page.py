@@ -94,10 +94,11 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     again = gr.Button("Same seed again", min_width=120, elem_id="again-button")
                     count = gr.Slider(1, settings.max_images, 1, step=1, label="Pictures")
                 with gr.Accordion("Start from a picture", open=False):
+                    gr.Markdown("It is redrawn as a whole, or only where you paint.")
                     editor = gr.ImageEditor(
                         type="pil",
                         format="png",
-                        label="Redrawn as a whole, or only where you paint",
+                        label="Picture",
                         sources=["upload", "clipboard"],
                         transforms=("crop",),
                         brush=gr.Brush(colors=["#ff00aa"], default_size=24, color_mode="fixed"),

@@ -1,12 +1,6 @@
-"""The process that draws: it takes jobs out of the queue, puts those that are alike into one batch,
-and writes their pictures.
-
-    python -m latentgen.server.worker
-
-It reads its settings, and the ids of jobs that were cancelled, as lines of JSON from its standard
-input, and tells what it does as lines of JSON on its standard output. When the input ends, its
-server is gone, and so is it. It may die at any moment: its jobs stay in the database as they are,
-and the next worker takes them up. One file lock per data folder sees to it that there is one.
+"""What draws: it takes jobs out of the queue, puts those that are alike into one batch, and writes
+their pictures. It runs in a process of its own (`process.py`), which may die at any moment: its
+jobs stay in the database as they are, and the next worker takes them up.
 
 It knows no HTTP.
 """
@@ -14,12 +8,11 @@ It knows no HTTP.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,7 +29,6 @@ from ..pipeline import LatentDiffusion, Result, Step
 from ..request import ResolvedRequest, can_join, together
 from .drawing import FORMATS, Job
 from .jobs import APP, DRAWS, QUEUE, VERSION, WORKFLOW, open_client, prepare
-from .log import log_as_json
 from .settings import Settings
 
 TAKEN_UP_AGAIN = 3  # times that an interrupted job is tried once more
@@ -83,6 +75,7 @@ class Worker:
         self._drawing: list[Slot] = []
         self._cancelled: set[str] = set()
         self._model: tuple[str, LatentDiffusion] | None = None
+        self.lock: FileLock | None = None
         threading.Thread(target=self._loop, name="draw", daemon=True).start()
 
     def do(self, job: Job) -> dict[str, Any]:
@@ -112,7 +105,7 @@ class Worker:
 
     def tell(self, event: str, **facts: Any) -> None:
         """A line for the server."""
-        with self._telling:
+        with self._telling, contextlib.suppress(BrokenPipeError):  # then the process ends anyway
             self._out.write(json.dumps({"event": event, **facts}) + "\n")
             self._out.flush()
 
@@ -253,17 +246,13 @@ class Worker:
         return [file.relative_to(self.settings.outputs).as_posix() for file in files]
 
 
-def main() -> None:
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever prints goes to the log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then tells us
-    log_as_json()
-    settings = Settings.from_json(sys.stdin.readline())
+def launch(settings: Settings, tell: TextIO) -> Worker:
+    """Begin to take jobs out of the queue, as soon as no other worker of the folder does."""
     lock = FileLock(settings.data_dir / "worker.lock")
     lock.acquire()
     prepare(settings.database)
-    client = open_client(settings.database)
-    worker = Worker(settings, client, out)
+    worker = Worker(settings, open_client(settings.database), tell)
+    worker.lock = lock  # until the process ends
 
     # None: the limit is ours, so that such a job fails with a reason
     @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
@@ -298,10 +287,7 @@ def main() -> None:
         on_conflict="always_update",
     )
     worker.tell("ready")
-    for line in sys.stdin:
-        worker.cancel(json.loads(line)["cancel"])
-    worker.give_up()
-    os._exit(0)  # the threads that draw do not wait for anybody
+    return worker
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
@@ -309,7 +295,3 @@ def _worth_telling(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     expected = (dbos_error.DBOSAwaitedWorkflowCancelledError, Cancelled, LatentgenError)
     return not isinstance(error, expected) and "outcome was not recorded" not in record.getMessage()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ trains, it adds in a dataclass of its own.
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -72,6 +73,9 @@ class RunConfig:
             _at_least(self, name, 1)
         for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
             _at_least(self, name, 1)
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} is no number to train with")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError("use_8bit_adam goes with --optimizer adamw")
         if self.learning_rate <= 0:

@@ -29,7 +29,6 @@ from latentgen.images import contact_sheet
 from latentgen.modelfolder import Model
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.buckets import Size
-from latentgen.training.checkpoint import resolve_checkpoint
 from latentgen.training.config import as_json
 from latentgen.training.data import Batch, cached, pixel_batches, step_generator
 from latentgen.training.encoders import Captions, Encoders
@@ -45,7 +44,7 @@ from latentgen.training.lesson import (
 from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
 from latentgen.training.pictures import Picture, read_folder
 from latentgen.training.preflight import duration, forecast
-from latentgen.training.run import run, start
+from latentgen.training.run import check_start, run, start
 
 MEASURED = 16  # pictures that the fixed-noise loss looks at, each at FRACTIONS of the schedule
 FRACTIONS = (0.1, 0.35, 0.6, 0.85)
@@ -102,7 +101,7 @@ def fine_tune(
         TrainingError: later.
     """
     found = find_model(config)
-    resolve_checkpoint(config)
+    check_start(config)
     tokenizer = load_tokenizer(found)
     empty = _without_memory(config, method, found, tokenizer)
     pictures = [prepare(picture) for picture in read_pictures(config)]
@@ -139,6 +138,7 @@ def fine_tune(
     manifest = {
         "config": as_json(config),
         "data": lesson.fingerprint,
+        "shared_phrase": lesson.shared_phrase(),
         "model": found.hash(),
         "processes": accelerator.num_processes,
         "versions": {m.__name__: m.__version__ for m in (latentgen, torch, diffusers, peft)},

@@ -5,6 +5,7 @@ tokenizer.
 """
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -319,6 +320,14 @@ class Lesson:
         warnings = [warning for warning in self.warnings if warning]
         return "\n".join([*warnings, *facts, example, bucket_table(self.buckets, repeats)])
 
+    def shared_phrase(self) -> str | None:
+        """The words with which all captions end or begin, up to a comma: what calls a style."""
+        words = [c.split() for picture in self.instances for c in picture.captions]
+        head = " ".join(_common_beginning(words)).partition(",")[0]
+        tail = " ".join(_common_beginning([row[::-1] for row in words])[::-1]).rpartition(",")[2]
+        longest = max(tail.strip(), head.strip(), key=len)
+        return longest if len(longest) > 3 else None  # not of an article
+
     def epoch(self) -> int:
         """Pictures in an epoch."""
         return sum(picture.repeats for picture in self.instances)
@@ -335,6 +344,11 @@ def fitted_mask(picture: Picture, size: Size) -> Image.Image:
     if picture.mask is None:
         return Image.new("L", size[::-1], 255)
     return ImageOps.fit(load_loss_mask(picture.mask), size[::-1], Image.Resampling.LANCZOS)
+
+
+def _common_beginning(rows: list[list[str]]) -> list[str]:
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in columns]
 
 
 def _hold_out(checked: Checked, count: int | None) -> tuple[Checked, Checked]:

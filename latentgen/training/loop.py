@@ -69,7 +69,7 @@ def new_state(
     if config.optimizer == "muon":
         optimizer: torch.optim.Optimizer = Muon(model, **settings)
     elif config.use_8bit_adam:
-        optimizer = _eight_bit_adam()(groups, **settings)
+        optimizer = eight_bit_adam()(groups, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     average = config.ema_decay > 0
@@ -172,7 +172,8 @@ def put_weights(state: TrainState, values: dict[str, Tensor]) -> None:
         state.weights[name].copy_(value)
 
 
-def _eight_bit_adam() -> Any:
+def eight_bit_adam() -> Any:
+    """Its class; raises TrainingError where its library is missing."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latentgen.embeddings import add_word, said, spelled_out
 from latentgen.errors import DataError, TrainingError
 from latentgen.lora import collect_lora, lora_metadata, write_lora
 from latentgen.pipeline import LatentDiffusion
@@ -92,7 +93,7 @@ def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> M
             alpha=config.lora_alpha if config.lora_alpha is not None else float(config.rank),
             prediction_type=pipe.scheduler.config.prediction_type,
             resolution=resolution,
-            trigger_phrase=trigger_phrase,
+            trigger_phrase=trigger_phrase or manifest.get("shared_phrase"),
             architecture=ARCHITECTURES.get(pipe.unet.config.cross_attention_dim, SD_1),
             network_args=network,
             manifest=manifest,
@@ -122,10 +123,9 @@ def word_method(config: WordFlags, rate: float) -> Method:
         begin = tokenizer(config.initializer_token, add_special_tokens=False).input_ids
         if not begin:
             raise TrainingError(f"initializer_token: {config.initializer_token!r} is no word")
-        if tokenizer.add_tokens(parts_of_word(token, config.num_vectors)) != config.num_vectors:
-            raise TrainingError(f"placeholder_token: the tokenizer knows {token} already")
+        ids = add_word(tokenizer, token, config.num_vectors, "placeholder_token")
         base = text_encoder.get_input_embeddings()
-        if tokenizer.convert_tokens_to_ids(token) != base.num_embeddings:
+        if ids[0] != base.num_embeddings:
             raise TrainingError("the model's tokenizer and text encoder count different words")
         known = base.weight[torch.tensor(begin)]  # (tokens, D)
         vectors = known.mean(0, keepdim=True).repeat(config.num_vectors, 1)
@@ -190,19 +190,14 @@ class WordEmbedding(nn.Module):
         return torch.where((ids >= first).unsqueeze(-1), new, known)
 
 
-def parts_of_word(token: str, count: int) -> list[str]:
-    """The tokens that a word of several embeddings is made of, named as diffusers names them."""
-    return [token, *(f"{token}_{i}" for i in range(1, count))]
-
-
 def saying_word(picture: Picture, config: WordFlags) -> Picture:
     """The picture with every part of the new word in its captions, each of which must hold it."""
     token = config.placeholder_token
     assert token is not None
-    if silent := [caption for caption in picture.captions if token not in caption]:
+    if silent := [caption for caption in picture.captions if not said(token).search(caption)]:
         raise DataError(f"{picture.file}: its caption does not hold {token}: {silent[0]!r}")
-    word = " ".join(parts_of_word(token, config.num_vectors))
-    captions = tuple(caption.replace(token, word) for caption in picture.captions)
+    count = config.num_vectors
+    captions = tuple(spelled_out(caption, token, count) for caption in picture.captions)
     return replace(picture, captions=captions)
 
 

@@ -66,10 +66,15 @@ def read_folder(folder: Path, metadata_file: str = "metadata.jsonl") -> list[Pic
     listing = folder / metadata_file
     if listing.is_file():
         lines = enumerate(_read_text(listing).split("\n"), 1)
-        return [_read_row(folder, listing, n, line) for n, line in lines if line.strip()]
-    if metadata_file != "metadata.jsonl":
+        pictures = [_read_row(folder, listing, n, line) for n, line in lines if line.strip()]
+    elif metadata_file != "metadata.jsonl":
         raise DataError(f"{listing} does not exist")
-    return [Picture(file, _text_beside(file)) for file in picture_files(folder)]
+    else:
+        pictures = [Picture(file, _text_beside(file)) for file in picture_files(folder)]
+    if not pictures:
+        names = ", ".join(sorted(SUFFIXES))
+        raise DataError(f"no picture in {listing if listing.is_file() else folder} ({names})")
+    return pictures
 
 
 def read_dataset(
@@ -258,7 +263,7 @@ def check_pictures(
     were checked before, to which these are added."""
     if len(pictures) < at_least:
         found = "no picture" if not pictures else f"only one picture, {pictures[0].file}"
-        raise DataError(f"found {found}; at least {at_least} are needed, {sorted(SUFFIXES)}")
+        raise DataError(f"found {found}; at least {at_least} are needed")
     problems: dict[str, list[str]] = {}
     seen = {} if seen is None else seen
     fingerprint = hashlib.sha256()

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_log
 
 from latentgen.errors import LatentgenError, TrainingError
+from latentgen.outputs import check_folder
 from latentgen.training.checkpoint import (
     Export,
     best_loss,
@@ -32,19 +33,38 @@ from latentgen.training.checkpoint import (
     save_checkpoint,
 )
 from latentgen.training.config import RunConfig, as_json
-from latentgen.training.loop import LossFunction, averaged, new_state, put_weights, train
+from latentgen.training.loop import (
+    LossFunction,
+    averaged,
+    eight_bit_adam,
+    new_state,
+    put_weights,
+    train,
+)
 from latentgen.training.pictures import Picture
 
 Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
+
+
+def check_start(config: RunConfig) -> None:
+    """Refuse a run that would end before its first step, and leave nothing behind.
+
+    Raises TrainingError for a checkpoint to go on from that is not there and for libraries that
+    are missing, and InvalidRequest for an `output_dir` that cannot be written.
+    """
+    resolve_checkpoint(config)
+    check_folder(config.output_dir, "output_dir")
+    if config.use_8bit_adam:
+        eight_bit_adam()
 
 
 def start(config: RunConfig) -> Accelerator:
     """The accelerator of a run. From here on the initial weights depend on the seed alone, and the
     libraries keep to errors: what a run has to say stands in its log.
 
-    Raises TrainingError at once for a checkpoint to go on from that is not there.
+    Raises what `check_start` raises.
     """
-    resolve_checkpoint(config)
+    check_start(config)
     transformers_log.set_verbosity_error()
     transformers_log.disable_progress_bar()
     diffusers_log.set_verbosity_error()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,3 +111,29 @@ def server(tmp_path_factory, tiny):
     running.start().wait()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The URL of a PostgreSQL of our own, on this machine."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("there is no PostgreSQL here")
+    tools = found[-1].parent
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    user = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind((HERE, 0))
+        port = free.getsockname()[1]
+    data = folder / "data"
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/"}
+    subprocess.run([*user, tools / "initdb", "-D", data, "-U", "us", "-A", "trust"], **quiet)
+    options = f"-p {port} -c listen_addresses={HERE} -c unix_socket_directories="
+    control = [*user, tools / "pg_ctl", "-D", data, "-w"]
+    subprocess.run([*control, "-o", options, "-l", folder / "log", "start"], **quiet)
+    yield f"postgresql://us@{HERE}:{port}/jobs"
+    subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+    shutil.rmtree(folder)

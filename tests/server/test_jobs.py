@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentgen import LatentDiffusion, metadata
 
-LONG = {"steps": 150, "num_images": 8, "height": 128, "width": 128}  # seconds of drawing
+LONG = {"steps": 150, "num_images": 8, "height": 256, "width": 256}  # seconds of drawing
 
 
 def png(image: Image.Image) -> str:
@@ -184,9 +184,13 @@ def test_jobs_that_are_alike_are_drawn_together(server):
     assert "latentgen_jobs_open" in server.http.get("/metrics").text
 
 
-def test_nothing_is_lost_whatever_is_killed(tmp_path, tiny):
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_nothing_is_lost_whatever_is_killed(tmp_path, tiny, database, request):
     """Small jobs, while the worker and the server are killed at random moments."""
-    server = Running(tmp_path / "home", tiny, "--max-queue", "500").start().wait("")
+    flags = ["--max-queue", "500"]
+    if database == "postgres":
+        flags += ["--database-url", request.getfixturevalue("postgres")]
+    server = Running(tmp_path / "home", tiny, *flags).start().wait("")
     moment = random.Random(0)
     accepted = []
     for kill in ("worker", "server", "worker"):

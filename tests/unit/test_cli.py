@@ -115,9 +115,23 @@ def test_replay_notices_another_picture(run, model):
     changed = found.image.point(lambda value: min(255, value + 7))
     data = metadata.encode(changed, "PNG", found.infotext, known, 95)
     Path("other.png").write_bytes(data)
-    outcome = run("replay", "other.png", "-m", model)
+    outcome = run("replay", "other.png", "-m", model, status=1)
     assert "largest pixel difference: 7" in outcome.stdout
     assert "torch was 1.0" in outcome.stdout
+
+
+def test_replay_of_a_sheet_and_of_another_model_says_so(run, model):
+    run("generate", "a cat", "-m", model, "--steps", 1, "-n", 2, "--grid", "-o", "cat.png")
+    told = run("replay", "cat-grid.png", "-m", model, status=1).stdout
+    assert "the sizes differ, 128 x 64 and 64 x 64; it seems to be a sheet of several" in told
+    assert "its model" not in told
+    run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.png")
+    plain = metadata.read("cat.png")
+    for change, expected in [("", 0), ("Model hash: ", 1)]:
+        text = plain.infotext.replace(change, f"{change}0", 1) if change else plain.infotext
+        Path("webui.png").write_bytes(metadata.encode(plain.image, "PNG", text, None, 95))
+        told = run("replay", "webui.png", "-m", model).stdout
+        assert told.count("not reproduced: its model, toy; this is toy") == expected
 
 
 def test_inpainting_keeps_the_rest_and_replays_with_its_pictures(run, model, drawn):
@@ -128,11 +142,12 @@ def test_inpainting_keeps_the_rest_and_replays_with_its_pictures(run, model, dra
     assert not np.array_equal(painted, pixels)
 
     refused = run("replay", "out.png", "-m", model, status=2)
+    assert refused.stderr.startswith("error: picture='out.png': it was made from another picture")
     assert "--image FILE" in refused.stderr
     again = ("replay", "out.png", "-m", model, "--mask-image", "mask.png", "--image")
     assert "largest pixel difference: 0\n" in run(*again, "in.png").stdout
     Image.new("RGB", (64, 64)).save("black.png")
-    assert "image is not the picture" in run(*again, "black.png").stdout
+    assert "image is not the picture" in run(*again, "black.png", status=1).stdout
 
 
 def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
@@ -140,7 +155,7 @@ def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
     text += "Denoising strength: 0.5, ENSD: 31337"
     data = metadata.encode(Image.new("RGB", (64, 64)), "PNG", text, None, 95)
     Path("webui.png").write_bytes(data)
-    outcome = run("replay", "webui.png", "-m", model, "--image", "in.png")
+    outcome = run("replay", "webui.png", "-m", model, "--image", "in.png", status=1)
     assert "not reproduced: ENSD: 31337" in outcome.stdout
     assert "not reproduced: its noise was drawn on a GPU" in outcome.stdout
 
@@ -162,7 +177,7 @@ def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
         (["generate", "x", "--gif", "steps.mp4"], "must end in .gif"),
         (["generate", "x", "-m", "no/such/model/here"], "no such folder"),
         (["generate", "x", "-m", "model.ckpt"], "pickle"),
-        (["generate", "x", "--device", "tpu"], "device"),
+        (["generate", "x", "--device", "gpu"], "device='gpu': cuda, mps or cpu; this machine has"),
         (["generate", "x", "--attention", "xformers"], "latentgen[xformers]"),
         (["img2img", "x", "nothing.png"], "no such file"),
         (["img2img", "x", "in.png", "--strength", "0.001"], "leaves none"),
@@ -204,8 +219,9 @@ def test_replay_says_what_is_not_told_and_needs_settings(run, model):
     text = "a cat\nSteps: 2, Sampler: Euler, CFG scale: 0.5, Seed: -1"
     data = metadata.encode(Image.new("RGB", (64, 64)), "PNG", text, None, 95)
     Path("webui.png").write_bytes(data)
-    told = run("replay", "webui.png", "-m", model).stdout
-    for lost in ("CFG scale: 0.5", "Seed: -1", "Size, which it does not tell"):
+    told = run("replay", "webui.png", "-m", model, status=1).stdout
+    without = ("Size, which it does not tell", "its model, which it does not name")
+    for lost in ("CFG scale: 0.5", "Seed: -1", *without):
         assert f"not reproduced: {lost}" in told
     run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.png")
     refused = run("replay", "cat.png", "-m", model, "--image", "gimp.jpg", status=2)
@@ -221,6 +237,33 @@ def test_every_file_is_known_to_be_writable_before_the_drawing(run, model, tmp_p
     refused = run("generate", "word " * 9000, "-m", model, "-o", "x.jpg", status=2)
     assert "PNG can" in refused.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"x-2.png", "y-grid.png"}
+
+
+def test_without_a_terminal_nothing_but_news_is_told(run, model):
+    assert run("generate", "a cat", "-m", model, "--steps", 1, "-o", "x.png").stderr == ""
+
+
+def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
+    (tmp_path / "set.yaml").write_text("prompts: [a cat]")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    words = ("evaluate", "set.yaml", "-m", model, "--clip")
+    for more, told in [
+        (("nothere", "-o", "file"), "output='file': cannot be written"),
+        (("nothere", "-o", "file/x"), "output='file/x': cannot be written"),
+        (("nothere",), "clip='nothere': no such folder"),
+        (("someone/some-clip",), "clip='someone/some-clip': not on this machine"),
+        ((model, "--images", "empty"), "clip="),  # a model without an image_encoder
+        (("x", "--embedding", "no.safetensors"), "embedding='no.safetensors': no such file"),
+        (("x", "--real-dir", "empty"), "real-dir='empty': it holds no pictures (.avif, "),
+    ]:
+        refused = run(*words, *more, status=2)
+        assert refused.stderr.startswith(f"error: {told}")
+        assert refused.stderr.count("\n") == 1
+    refused = run("evaluate", "set.yaml", "-m", model, status=2)
+    assert "--clip openai/clip-vit-base-patch32" in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "set.yaml"]
 
 
 def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):

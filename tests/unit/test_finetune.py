@@ -334,6 +334,29 @@ def test_a_dry_run_tells_and_leaves_nothing(folder, model, tmp_path, capsys, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
+    folder, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for dry in (True, False):
+        with pytest.raises(InvalidRequest, match=r"output_dir=.*cannot be written"):
+            train_lora(model, folder, tmp_path / "file" / "out", dry_run=dry)
+        with pytest.raises(TrainingError, match="pip install bitsandbytes"):
+            train_lora(model, folder, tmp_path / "out", dry_run=dry, use_8bit_adam=True)
+        with pytest.raises(DataError, match=r"no picture in .*empty \(\.avif, "):
+            train_lora(model, tmp_path / "empty", tmp_path / "out", dry_run=dry)
+        for name in ("learning_rate", "noise_offset", "lora_dropout"):
+            for value in ("nan", "inf"):
+                with pytest.raises(SystemExit):
+                    train_lora(model, folder, tmp_path / "out", dry_run=dry, **{name: value})
+                assert f"{name}: {value} is" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "pictures"]
+
+
 # The objective.
 
 
@@ -562,6 +585,18 @@ def test_new_embeddings_lie_behind_the_old_ones():
     assert found[0, 1:3].tolist() == [[9.0, 10.0], [7.0, 8.0]]
     found.sum().backward()
     assert words.learned.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_the_words_that_all_captions_share_are_told(folder, model, tmp_path):
+    for captions, told in [
+        ("a {} dot, in ink style", "in ink style"),
+        ("ohwx dot, {}", "ohwx dot"),
+        ("a {}", None),
+    ]:
+        for file in folder.glob("*.txt"):
+            file.write_text(captions.format(file.stem))
+        lora = read_lora(train_lora(model, folder, tmp_path / str(told), max_train_steps=1))
+        assert lora.metadata.get("modelspec.trigger_phrase") == told
 
 
 def test_pivotal_tuning_learns_both(folder, model, tmp_path):

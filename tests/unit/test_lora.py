@@ -273,11 +273,14 @@ def test_strange_keys_are_listed_and_damaged_files_are_named(tmp_path):
     good = {f"unet.{QUERY}.lora_A.weight": torch.ones(2, 16)}
     with_up = {**good, f"unet.{QUERY}.lora_B.weight": torch.ones(16, 2)}
     for tensors, told in [
-        (good, "unet.down_blocks.1"),
+        (good, r"unet\.down_blocks\.1.*lora_up or lora_B is missing"),
         ({**with_up, "first_stage_model.x": torch.ones(1)}, "first_stage_model.x"),
-        ({**with_up, "lora_te2_text_model_x.alpha": torch.ones(1)}, "lora_te2_text_model_x"),
+        ({**with_up, "lora_te2_text_model_x.alpha": torch.ones(1)}, "SDXL.*lora_te2_text_model_x"),
         ({**with_up, f"unet.{QUERY}.lora_B.bias": torch.ones(1)}, "lora_B.bias"),
-        ({"lora_unet_input_blocks_1_1_proj_in.alpha": torch.ones(1)}, "input_blocks_1_1"),
+        ({"lora_unet_input_blocks_1_1_proj_in.alpha": torch.ones(1)}, "SDXL.*input_blocks_1_1"),
+        ({"emb_params": torch.ones(2, 16)}, "use it with --embedding"),
+        ({"model.diffusion_model.out.0.bias": torch.ones(1)}, "use it with --model"),
+        ({}, "nothing in it"),
         ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(1)}, "hada_w1_a"),
         ({**good, f"unet.{QUERY}.lora_B.weight": torch.ones(16, 3)}, "unet.down_blocks.1"),
         ({**with_up, f"unet.{QUERY}.alpha": torch.ones(2)}, "unet.down_blocks.1"),
@@ -299,6 +302,31 @@ def test_strange_keys_are_listed_and_damaged_files_are_named(tmp_path):
         (tmp_path / "adapter_config.json").write_text(damaged)
         with pytest.raises(InvalidRequest, match=r"damaged|JSON"):
             read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", ["lora_up.weight", "alpha"])
+def test_numbers_that_are_not_finite_are_refused_when_read(tmp_path, value, role):
+    tensors = load_file(write_lora(random_lora(), tmp_path / "x.safetensors"))
+    name = next(key for key in tensors if key.endswith(role))
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InvalidRequest, match=rf"x\.safetensors.*{name}.*not finite"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_a_broken_lora_is_refused_before_weights_are_read(tmp_path, pipe, monkeypatch):
+    picture, torn = tmp_path / "png.safetensors", tmp_path / "torn.safetensors"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    torn.write_bytes(write_lora(random_lora(), torn).read_bytes()[:-1])
+    half = tmp_path / "half.safetensors"
+    save_file({f"unet.{QUERY}.lora_A.weight": torch.ones(2, 16)}, half)
+    monkeypatch.setattr(lora, "_load", None)  # would be a TypeError
+    for file in (picture, torn, half):
+        with pytest.raises(InvalidRequest, match=file.name):
+            Request(prompt="x", loras=[file])
+        with pytest.raises(InvalidRequest, match=file.name):
+            pipe.load_lora(file)
 
 
 # The header.
@@ -622,9 +650,14 @@ def test_loras_are_used_without_peft():
 def test_ours_add_up_with_those_that_diffusers_loaded(tmp_path, pipe):
     files = [write_lora(random_lora(k), tmp_path / f"{k}.safetensors") for k in (0, 1)]
     expected = draw(pipe, loras=files)
-    other = LatentDiffusion(**copy.deepcopy(fakes.parts()))
-    other.load_lora_weights(str(files[0]))
-    assert near(draw(other, loras=[files[1]]), expected)
+    parts = copy.deepcopy(fakes.parts())
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**parts, **none).load_lora_weights(str(files[0]))
+    assert near(draw(LatentDiffusion(**parts), loras=[files[1]]), expected)
+    with pytest.raises(InvalidRequest, match="use load_lora"):
+        pipe.load_lora_weights(str(files[0]))
+    with pytest.raises(InvalidRequest, match="use load_embedding"):
+        pipe.load_textual_inversion("x.safetensors")
 
 
 def test_saving_a_model_with_a_lora_saves_the_model(tmp_path, pipe):
@@ -671,6 +704,7 @@ def test_a_tag_says_one_weight_for_both_parts_or_text_and_unet():
         ({"prompt": "a <lora:x:much>"}, "<lora:NAME:0.8>"),
         ({"prompt": "a <lora:x:1:2:3>"}, "<lora:NAME:0.8>"),
         ({"prompt": "a <lora::1>"}, "<lora:NAME:0.8>"),
+        ({"prompt": "a <lora:x:1> <lora:y"}, "'<lora:y': its > is missing"),
         ({"prompt": "<lora:x:1>"}, "say what to draw"),
         ({"prompt": "a <lora:x:1> <lora:x:1>"}, "named twice"),
         ({"prompt": "a", "negative_prompt": "b <lora:x:1>"}, "belongs into the prompt"),
@@ -680,6 +714,11 @@ def test_a_tag_says_one_weight_for_both_parts_or_text_and_unet():
         ({"prompt": "a", "loras": ["x.ckpt"]}, "pickle"),
         ({"prompt": "a", "loras": ["x:nan"]}, "must be a number"),
         ({"prompt": "a", "loras": ["x:"]}, "must be a number"),
+        ({"prompt": "a", "loras": ["x:abc"]}, "'x:abc': its weight.*not 'abc'"),
+        ({"prompt": "a", "loras": ["x:1e30"]}, "from -100 to 100"),
+        ({"prompt": "a <lora:x:1e30>"}, "<lora:x:1e30>"),
+        ({"prompt": "a", "loras": ["x:1:2:3"]}, "'x:1:2:3': write FILE:0.8"),
+        ({"prompt": "a", "loras": ["x.safetensors:1:2:3"]}, "write FILE:0.8"),
         ({"prompt": "a", "loras": [("x", True)]}, "must be a number"),
         ({"prompt": "a", "loras": [3]}, "file or name"),
     ],
@@ -808,6 +847,23 @@ def test_an_embedding_is_a_word_of_the_prompt(tmp_path, learner, key, count):
     assert not near(found, plain)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_word_of_letters_is_found_only_where_it_stands_alone(tmp_path, learner, count):
+    save_file({"emb_params": torch.ones(count, 16)}, tmp_path / "Cat.safetensors")
+    assert learner.load_embedding(tmp_path / "Cat.safetensors") == "Cat"
+    first = learner.tokenizer.convert_tokens_to_ids("Cat")
+
+    def ids(text):
+        return learner.tokenizer(learner._expand(text), add_special_tokens=False).input_ids
+
+    for text in ("concatenate", "cats", "cat_7", "bobcat"):
+        assert max(ids(text)) < first
+        assert "embeddings" not in learner.generate(text, num_inference_steps=1).settings
+    for text in ("cat", "(cat:1.2)", "CAT,"):
+        assert [i for i in ids(text) if i >= first] == list(range(first, first + count))
+        assert "Cat: " in learner.generate(text, num_inference_steps=1).settings["embeddings"]
+
+
 def test_embeddings_are_told_in_the_metadata(tmp_path, learner):
     save_file({"<cat>": torch.ones(1, 16)}, tmp_path / "x.safetensors")
     learner.load_embedding(tmp_path / "x.safetensors")
@@ -833,13 +889,21 @@ def test_an_embedding_that_does_not_fit_changes_nothing(tmp_path, learner):
         ({"<cat>": torch.ones(1, 2, 16)}, None, "not vectors"),
         ({"a": torch.ones(1, 16)}, None, "has this word already"),
         ({"<cat>": torch.ones(1, 16)}, " ", "without spaces"),
+        ({"<cat>": torch.ones(1, 16)}, "my cat", "without spaces"),
+        ({"<cat>": torch.ones(1, 16)}, 7, "without spaces"),
+        ({"A": torch.ones(1, 16)}, None, "has this word already"),  # as "a" at a word's end
+        ({"<cat>": torch.ones(1, 16, dtype=torch.int32)}, None, "int32"),
+        ({"<cat>": torch.ones(0, 16)}, None, "not vectors"),
+        ({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 20)}, None, "SDXL"),
+        ({f"unet.{QUERY}.lora_A.weight": torch.ones(2, 16)}, None, "use it with --lora"),
     ]
     for tensors, token, told in cases:
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(InvalidRequest, match=told):
             learner.load_embedding(tmp_path / "x.safetensors", token)
-    with pytest.raises(InvalidRequest, match="missing"):
-        learner.load_embedding(tmp_path / "nothing.safetensors")
+    for nothing in (tmp_path / "nothing.safetensors", None, 3, ""):
+        with pytest.raises(InvalidRequest, match=r"no such file|path of a \.safetensors"):
+            learner.load_embedding(nothing)
     with pytest.raises(InvalidRequest, match="pickle"):
         learner.load_embedding(tmp_path / "x.pt")
     assert len(learner.tokenizer) == before
@@ -889,7 +953,32 @@ def test_flags_and_tags_reach_the_drawing_and_replay_finds_them(run, model, home
     outcome = run(*words, *more)
     assert "largest pixel difference: 0\n" in outcome.stdout
     assert "not reproduced" not in outcome.stdout
-    assert "embeddings was" in run(*words, *more[:2]).stdout
+    assert "embeddings was" in run(*words, *more[:2], status=1).stdout
+
+
+def test_replay_refuses_a_lora_that_the_picture_was_not_made_with(run, model):
+    write_lora(random_lora(1), "one.safetensors")
+    write_lora(random_lora(2), "two.safetensors")
+    words = ("generate", "a cat", "-m", model, "--steps", 1, "-o")
+    run(*words, "x.png", "--lora", "one.safetensors")
+    run(*words, "plain.png")
+    refused = run("replay", "plain.png", "-m", model, "--lora", "one.safetensors", status=2)
+    assert "was not made with it" in refused.stderr
+    both = ("--lora", "one.safetensors", "--lora", "two.safetensors")
+    refused = run("replay", "x.png", "-m", model, *both, status=2)
+    assert refused.stderr.startswith("error: lora='two.safetensors': the picture was not made")
+
+
+def test_broken_files_are_refused_before_the_model_is_read(run, model, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
+    Path("png.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    for flag in ("lora", "embedding", "model"):
+        refused = run("generate", "x", f"--{flag}", "png.safetensors", status=2)
+        assert refused.stderr.startswith(f"error: {flag}='png.safetensors': damaged or not a")
+        assert refused.stderr.count("\n") == 1
+    write_lora(random_lora(), "x.safetensors")
+    refused = run("generate", "x", "--model", "x.safetensors", status=2)
+    assert "model='x.safetensors': this is a LoRA; use it with --lora" in refused.stderr
 
 
 def test_a_wrong_lora_ends_with_status_2(run, model):
@@ -921,8 +1010,29 @@ def test_convert_tells_what_rounding_did(run):
     assert 0 < largest < 0.05
     assert half.layers[QUERY].down.dtype == torch.float16
     assert "choose another name" in run(*arguments, "-o", "in.safetensors", status=2).stderr
-    assert "one of kohya" in run(*arguments[:-1], "a1111", "-o", "y.safetensors", status=2).stderr
-    assert "end in .safetensors" in run(*arguments, "-o", "y.bin", status=2).stderr
+    wrong = run(*arguments[:-1], "a1111", "-o", "y.safetensors", status=2).stderr
+    assert wrong.startswith("error: to='a1111': one of kohya")
+    assert wrong.count("\n") == 1
+    wrong = run(*arguments, "-o", "y.bin", status=2).stderr
+    assert wrong.startswith("error: output='y.bin': the name must end in .safetensors")
+
+
+def test_convert_writes_nothing_over_another_kind_and_names_the_output(run, tmp_path):
+    write_lora(random_lora(), "in.safetensors")
+    Path("folder.safetensors").mkdir()
+    Path("file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for to, output, told in [
+        ("kohya", "no/such/x.safetensors", "No such file or directory"),
+        ("kohya", "folder.safetensors", "it is a folder"),
+        ("peft", "file", "is a file; name a folder"),
+        ("peft", "file/x", "is a file; name a folder"),
+    ]:
+        refused = run("lora", "convert", "in.safetensors", "--to", to, "-o", output, status=2)
+        assert refused.stderr.startswith(f"error: output='{output}': cannot be written (")
+        assert told in refused.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("file").read_text() == "mine"
 
 
 def test_inspect_says_what_is_in_a_file(run):

@@ -4,11 +4,13 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 from fakes import drawer
+from safetensors.numpy import save_file
 
 from latentgen import InvalidRequest
-from latentgen.modelfolder import bundled_models, find
+from latentgen.modelfolder import Model, bundled_models, find
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,9 @@ def test_the_facts_of_a_folder(folder):
 def test_the_hash_is_the_beginning_of_sha256(folder):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     assert find(folder).hash() == hashlib.sha256(weights.read_bytes()).hexdigest()[:10]
-    assert find(weights).hash() == find(folder).hash()
-    assert find(weights).is_single_file
+    single = Model(weights.stem, weights)
+    assert single.is_single_file
+    assert single.hash() == find(folder).hash()
 
 
 def test_latentgen_json_brings_defaults(folder):
@@ -126,6 +129,22 @@ def test_pickles_are_refused_with_a_way_to_convert_them(folder, tmp_path):
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert ".safetensors" in refusal(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["lora_unet_mid_block_attentions_0_proj_in.alpha"], "a LoRA; use it with --lora"),
+        (["emb_params"], "use it with --embedding"),
+        (["clip_l", "clip_g"], "use it with --embedding"),
+        (["conditioner.embedders.0.x", "model.diffusion_model.out.0.bias"], "SDXL"),
+        (["down_blocks.0.x", "up_blocks.0.x"], "no Stable Diffusion checkpoint"),
+        ([], "no Stable Diffusion checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_told_from_its_header(tmp_path, names, told):
+    save_file({name: np.zeros(3, np.float32) for name in names}, tmp_path / "x.safetensors")
+    assert told in refusal(tmp_path / "x.safetensors")
 
 
 def test_a_hub_id_that_is_not_on_this_machine_is_refused_offline():

@@ -1,0 +1,53 @@
+"""The worker's process.
+
+    python -m latentgen.server.process
+
+It reads its settings, and then the ids of jobs that were cancelled, as lines of JSON from its
+standard input, and tells what it does as lines of JSON on its standard output. When the input ends,
+its server is gone, and so is it, also while it is still loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from .log import log_as_json
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever prints goes to the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then leaves
+    log_as_json()
+    settings = Settings.from_json(sys.stdin.readline())
+    workers: list[Worker] = []
+    listener = threading.Thread(target=_listen, args=[workers])
+    listener.start()
+
+    from .worker import launch  # seconds of imports
+
+    workers.append(launch(settings, out))
+    listener.join()
+
+
+def _listen(workers: list[Worker]) -> None:
+    """Hear what was cancelled; leave when nobody is there any more."""
+    for line in sys.stdin:
+        for worker in workers:
+            worker.cancel(json.loads(line)["cancel"])
+    for worker in workers:
+        worker.give_up()
+    os._exit(0)  # the threads that draw do not wait for anybody
+
+
+if __name__ == "__main__":
+    main()
