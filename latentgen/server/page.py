@@ -35,6 +35,7 @@ CSS = """
 .gradio-container main, .gradio-container .tabitem {width: 100% !important}
 footer {display: none !important}
 #told {min-height: 1.6rem}
+#results .grid-wrap, #gallery .grid-wrap {max-height: none !important; height: auto !important}
 """
 
 # The settings, in the order in which they are kept and handed around.
