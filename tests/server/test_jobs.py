@@ -197,6 +197,7 @@ def test_nothing_is_lost_whatever_is_killed(tmp_path, tiny, database, request):
         until = time.monotonic() + moment.uniform(0.5, 3)
         while time.monotonic() < until:
             accepted.append(server.submit(steps=moment.randint(1, 20), seed=len(accepted)))
+            time.sleep(0.02)
         pid = server.worker() if kill == "worker" else server.process.pid
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
