@@ -80,12 +80,12 @@ def test_progress_is_told_and_cancelling_stops_it(page, server):
     open_settings(page)
     set_steps(page, 150)
     for name in ("Width", "Height"):
-        page.get_by_label(name, exact=True).fill("512")
+        page.get_by_label(name, exact=True).fill("1024")
     page.fill("#prompt textarea", "a long one")
     page.keyboard.press("Tab")
     page.click("#draw-button")
-    page.wait_for_selector("#told:has-text('Step')")
-    sync_api.expect(page.locator("#told")).to_have_text(re.compile(r"Step \d+ of 150"))
+    told = sync_api.expect(page.locator("#told"))
+    told.to_have_text(re.compile(r"Step \d+ of 150"), timeout=TIMEOUT)
     page.click("#cancel-button")
     page.wait_for_selector("#told:has-text('Cancelled')")
     assert newest(server)["status"] == "cancelled"
