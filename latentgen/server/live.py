@@ -138,7 +138,10 @@ class Live:
             assert process.stdout is not None
             process.stdin.write(self.settings.to_json().encode())
             async for line in process.stdout:
-                await self._hear(json.loads(line))
+                try:
+                    await self._hear(json.loads(line))
+                except Exception:  # a database out of reach, say: followers ask again
+                    log.exception("what the worker told was not understood")
             code = await process.wait()
             self.ready.clear()
             self.running.clear()
@@ -181,6 +184,9 @@ class Live:
                 if state is None or state.ended is not None:
                     break
                 await asyncio.sleep(0.01)
+            if state is not None and state.status == "cancelled":  # during its last step
+                for file in state.job.output_files(self.settings):
+                    file.unlink(missing_ok=True)
 
     def _notify(self, ids: Iterable[str], ask: bool = False) -> None:
         for id in ids:

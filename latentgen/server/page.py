@@ -197,12 +197,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             }
             async for state in service().live.follow(job.id):
                 yield {told: how_it_goes(service(), state), **shown(service(), state)}
-            yield {
-                job_id: None,
-                begun: str(job.seeds[0]),
-                draw: gr.update(interactive=True),
-                cancel: gr.update(interactive=False),
-            }
+            yield {job_id: None, begun: str(job.seeds[0])}
 
         def shown(service: Service, state: JobState) -> dict[Any, Any]:
             if state.status == "done":

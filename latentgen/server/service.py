@@ -158,5 +158,8 @@ class Service:
 
     async def _keep_counting(self) -> None:
         while True:
-            self.open = await asyncio.to_thread(self.jobs.count)
+            try:
+                self.open = await asyncio.to_thread(self.jobs.count)
+            except Exception:  # the database is out of reach; it may come back
+                log.exception("jobs cannot be counted")
             await asyncio.sleep(0.25)
