@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from latentgen.server.drawing import Drawing, accept
-from latentgen.server.jobs import JobState
+from latentgen.server.jobs import Jobs, JobState, QueueFull
 from latentgen.server.live import Live
 from latentgen.server.service import Service
 from latentgen.server.settings import Settings
@@ -18,12 +18,26 @@ def settings(tmp_path):
     return Settings(data_dir=tmp_path)
 
 
+def test_the_bound_is_counted_in_the_database(settings):
+    """Also for one that comes between the server's own counts."""
+    one, other = (Jobs(settings.database, limit=2) for _ in range(2))
+    jobs = [accept(Drawing(prompt="a cat", seed=k), settings) for k in range(3)]
+    one.put(jobs[0])
+    other.put(jobs[1])
+    with pytest.raises(QueueFull):
+        one.put(jobs[2])
+    assert one.get(jobs[2].id) is None
+    other.cancel(jobs[0].id)
+    one.put(jobs[2])
+    assert (one.count(), other.get(jobs[2].id).status) == (2, "queued")
+
+
 def test_a_job_cancelled_in_its_last_step_leaves_no_picture(settings):
     job = accept(Drawing(prompt="a cat"), settings)
     (file,) = job.output_files(settings)
     file.parent.mkdir(parents=True)
 
-    class Jobs:
+    class Fake:
         status = "done"
 
         def get(self, id):
@@ -31,8 +45,8 @@ def test_a_job_cancelled_in_its_last_step_leaves_no_picture(settings):
 
     for status, stays in (("done", True), ("cancelled", False)):
         file.touch()
-        Jobs.status = status
-        asyncio.run(Live(settings, Jobs())._hear({"event": "ended", "ids": [job.id]}))
+        Fake.status = status
+        asyncio.run(Live(settings, Fake())._hear({"event": "ended", "ids": [job.id]}))
         assert file.exists() == stays
 
 
@@ -46,12 +60,12 @@ def test_a_database_out_of_reach_does_not_deafen_the_server(settings, monkeypatc
         code = f"print({text!r}, flush=True); input(); input()"
         return await start(sys.executable, "-c", code, **options)
 
-    class Jobs:
+    class Fake:
         def get(self, id):
             raise OSError("out of reach")
 
     async def listen():
-        live = Live(settings, Jobs())
+        live = Live(settings, Fake())
         await live.start()
         await asyncio.wait_for(live.ready.wait(), 20)
         await live.stop()
