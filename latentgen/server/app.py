@@ -83,19 +83,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(native.router, responses=REFUSALS)
     app.include_router(openai.router, responses=REFUSALS)
     app.include_router(webui.router, responses=WEBUI_REFUSALS)
-    _add_errors(app)
+    _add_errors(app, settings)
     _add_watching(app, settings)
     app.add_middleware(Guard, settings=settings)
     return page.mount(app, settings)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, settings: Settings) -> None:
     """Every refusal is JSON, says what would work, and has the shape of the API it belongs to."""
 
     def answer(
         request: Request, status: int, message: str, field: str | None = None
     ) -> JSONResponse:
         body: BaseModel
+        message = settings.told(message)
         if request.url.path.startswith(webui.router.prefix):
             body = WebuiRefusal(error="HTTPException", detail=message, body="", errors="")
         else:

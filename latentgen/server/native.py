@@ -104,7 +104,7 @@ def view(service: Service, state: JobState) -> JobView:
             for name, seed in zip(names, job.seeds, strict=False)
         ],
         seconds=state.result["seconds"] if state.result is not None else None,
-        error=state.error,
+        error=None if state.error is None else service.settings.told(state.error),
     )
 
 

@@ -252,7 +252,7 @@ async def _events(
                     told = {"b64_json": picture, "usage": _usage(), **created}
                     yield _event(f"{kind}.completed", told)
             elif ended:
-                message = state.error or "the job was cancelled"
+                message = service.settings.told(state.error or "the job was cancelled")
                 error = {"message": message, "type": "server_error", "param": None, "code": None}
                 yield _event("error", {"error": error})
     finally:

@@ -317,7 +317,7 @@ def read_editor(value: Any) -> tuple[Image.Image | None, Image.Image | None]:
 def how_it_goes(service: Service, state: JobState) -> str:
     """A line about a job."""
     if state.status == "failed":
-        return f"**It failed:** {state.error}"
+        return f"**It failed:** {service.settings.told(state.error or '')}"
     if state.status == "cancelled":
         return "Cancelled."
     if state.status == "done":

@@ -73,6 +73,10 @@ class Settings:
             return self.database_url
         return f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
 
+    def told(self, message: str) -> str:
+        """A message as clients may read it: where the data lies is the server's own business."""
+        return message.replace(str(self.data_dir), "LATENTGEN_HOME")
+
     def to_json(self) -> str:
         """One line for the worker, which has no business with the token."""
         told = asdict(self) | {"data_dir": str(self.data_dir), "token": None, "allowed_hosts": []}

@@ -8,8 +8,8 @@ and refiners are such fields. Differences that are told rather than hidden:
 - with `save_images` false, the job and its pictures are deleted once they are sent
 - `eta` counts with DDIM and TCD; for other samplers 0 and 1 are accepted, as clients always send it
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
-- `inpainting_fill` 1 (the original) starts from the picture; 0, 2 and 3 all start from noise alone
-  at `denoising_strength` 1, and are refused below
+- `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
+  nothing) are what `denoising_strength` 1 does anyway, and are refused below
 - the whole picture is drawn, so `inpaint_full_res` changes nothing while sizes are those of the
   picture; with other sizes it must be false
 """
@@ -23,7 +23,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__, lorafolder, metadata, schedulers
@@ -173,7 +173,7 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
     more: dict[str, Any] = {"strength": asked.denoising_strength}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
-        _check_fill(asked)
+        image = _filled(image.convert("RGB"), mask, asked)
     wanted = drawing.model_copy(update=more)
     return await _answer(service, request, asked, wanted, image.convert("RGB"), mask)
 
@@ -282,11 +282,30 @@ def _blur(asked: ImageToImage) -> int:
     return _or(asked.mask_blur_x, 4)
 
 
-def _check_fill(asked: ImageToImage) -> None:
+def _filled(image: Image.Image, mask: Image.Image, asked: ImageToImage) -> Image.Image:
+    """What the repainted part starts from, as `inpainting_fill` says."""
     fill, strength = _or(asked.inpainting_fill, 0), _or(asked.denoising_strength, 0.75)
-    if fill != 1 and strength < 1:
-        hint = "use 1 (the original); the others start from noise, with denoising_strength 1"
+    if fill in (2, 3) and strength < 1:
+        hint = "use 0 (the colours around) or 1 (the original), or denoising_strength 1"
         raise InvalidRequest("inpainting_fill", fill, hint)
+    return around(image, mask) if fill == 0 else image
+
+
+def around(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """An RGB picture whose masked part (white) is filled with the colours around it, the nearer the
+    more."""
+    kept = mask.point(lambda value: 0 if value >= 128 else 255)
+    if kept.getbbox() is None:
+        return image
+    layer = image.copy()
+    layer.putalpha(kept)
+    layer = layer.convert("RGBa")  # so that what is masked has no colour to blur
+    mean = tuple(round(value) for value in ImageStat.Stat(image, kept).mean)
+    filled = Image.new("RGBA", image.size, mean)
+    for radius in (64, 16, 4):
+        blurred = layer.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        filled = Image.alpha_composite(filled, blurred)
+    return Image.composite(image, filled.convert("RGB"), kept)
 
 
 def _resized(

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ from .settings import Settings
 TAKEN_UP_AGAIN = 3  # times that an interrupted job is tried once more
 CLAIMS = 50  # times that a job may be taken out without being drawn
 GATHER = 0.02  # seconds in which the other jobs of a batch may arrive
+LATEST = 10_000  # cancelled jobs that are remembered; most of them never get here
 POLL = 0.05  # seconds between looks into the database
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class Worker:
         self._arrived = threading.Condition()
         self._waiting: list[Slot] = []
         self._drawing: list[Slot] = []
-        self._cancelled: set[str] = set()
+        self._cancelled: deque[str] = deque(maxlen=LATEST)
         self._model: tuple[str, LatentDiffusion] | None = None
         self.lock: FileLock | None = None
         threading.Thread(target=self._loop, name="draw", daemon=True).start()
@@ -96,7 +98,7 @@ class Worker:
 
     def cancel(self, id: str) -> None:
         """Stop drawing a job at its next step."""
-        self._cancelled.add(id)
+        self._cancelled.append(id)
 
     def give_up(self) -> None:
         """Note that the jobs under way were not interrupted by anything they did."""
@@ -153,8 +155,6 @@ class Worker:
                     slot.end(error)
         finally:
             self._drawing = []
-            for slot in batch:
-                self._cancelled.discard(slot.job.id)
 
     def _load(self, name: str) -> LatentDiffusion:
         """The model of a name; the one before it leaves the memory."""

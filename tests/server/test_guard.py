@@ -1,6 +1,7 @@
 """Who is let in, and what is out of reach."""
 
 import base64
+import io
 import json
 import socket
 
@@ -73,25 +74,85 @@ def test_other_names_and_other_sites_get_nothing(server):
         assert "access-control-allow-origin" not in answer.headers
 
 
-PIECES = ["..", "%2e%2e", "..%2f..", "....//", "%2e%2e%2f", "..\\", "%5c..", "/etc/passwd", "%00"]
+STEPS = ["../", "..%2f", "%2e%2e/", "%2e%2e%2f", "..%5c", "....//", "%252e%252e%252f", "..;/",
+         "..%00/", "%c0%ae%c0%ae/", "./../"]  # fmt: skip
+TARGETS = ["secret.txt", "%73ecret.txt", "jobs.sqlite", "etc/passwd"]
+PLACES = ["/images/", "/images/2026-01-01/", "/jobs/", "/v1/models/", "/gradio_api/file={home}/",
+          "/gradio_api/file=outputs/", "/"]  # fmt: skip
 
 
 def test_no_path_leads_out(server):
     (server.home / "secret.txt").write_text("nobody reads this")
-    raw = [f"/images/{a}/{b}secret.txt" for a in PIECES for b in ("", "../", "%2e%2e%2f", "/")]
-    raw += [f"/images/2026-01-01/{a}/../../secret.txt" for a in PIECES]
-    raw += [f"/gradio_api/file={server.home}/{a}/secret.txt" for a in (".", "..", "outputs/..")]
-    raw += [f"/gradio_api/file={server.home}/jobs.sqlite", "/gradio_api/file=/etc/passwd"]
-    raw += [f"/{a}/{a}/{a}/etc/passwd" for a in PIECES]
+    raw = [
+        place.format(home=server.home) + step * depth + target
+        for place in PLACES
+        for step in STEPS
+        for depth, target in zip((1, 2, 1, 9), TARGETS, strict=True)
+    ]
+    raw += [f"/images/{step}" for step in STEPS]
+    raw += [f"/gradio_api/file={file}" for file in ("/etc/passwd", f"{server.home}/secret.txt")]
+    assert len(raw) > 300
     for path in raw:
         with socket.create_connection((HERE, server.port), 10) as line:  # httpx would tidy it up
             line.sendall(f"GET {path} HTTP/1.0\r\nHost: {HERE}\r\n\r\n".encode())
             answer = b""
             while piece := line.recv(65536):
                 answer += piece
+        assert int(answer.split(b" ", 2)[1]) in (303, 307, 400, 403, 404), path
         assert b"nobody reads this" not in answer, path
         assert b"root:" not in answer, path
         assert b"SQLite format" not in answer, path
+
+
+def test_no_name_leads_out(server):
+    (server.home.parent / "loot.safetensors").write_bytes(b"")
+    for name in ("../loot", "../loot.safetensors", "..\\loot", "/etc/passwd", "loras/../../loot",
+                 f"{server.home}/../loot", "~/loot", "%2e%2e/loot", "\x00", ".", ".."):  # fmt: skip
+        for path, asked in (
+            ("/jobs", {"model": name}),
+            ("/jobs", {"loras": [{"name": name}]}),
+            ("/jobs", {"prompt": f"a <lora:{name}:1>"}),
+            ("/jobs", {"scheduler": name}),
+            ("/v1/images/generations", {"model": name}),
+            ("/v1/images/generations", {"loras": [{"name": name}]}),
+            ("/sdapi/v1/txt2img", {"prompt": f"a <lora:{name}:1>", "width": 32, "height": 32}),
+            ("/sdapi/v1/txt2img", {"override_settings": {"sd_model_checkpoint": name}}),
+        ):
+            answer = server.http.post(path, json={"prompt": "a cat", **asked})
+            assert answer.status_code in (400, 404), (path, asked, answer.text)
+            assert str(server.home) not in answer.text.replace(json.dumps(name)[1:-1], "")
+
+
+def test_no_url_is_fetched(server, picture):
+    """Sixty-four ways to write one, in every field that takes a picture, and who listens there."""
+    with socket.socket() as listener:
+        listener.bind((HERE, 0))
+        listener.listen(64)
+        port = listener.getsockname()[1]
+        schemes = ["http://", "https://", "HTTP://", "ftp://", "file://", "//", "http:/",
+                   "http:\\\\", " http://", "\thttp://", "url:http://", "gopher://", "ws://",
+                   "data:http://", "data:image/png;base64,http://", "s3://"]  # fmt: skip
+        hosts = ["127.0.0.1", "localhost", "user:pass@127.0.0.1", "[::ffff:127.0.0.1]"]
+        urls = [f"{scheme}{host}:{port}/x.png" for scheme in schemes for host in hosts]
+        assert len(urls) == 64
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        good = base64.b64encode(stream.getvalue()).decode()
+        for url in urls:
+            for path, asked in (
+                ("/jobs", {"image": url}),
+                ("/jobs", {"image": good, "mask_image": url}),
+                ("/sdapi/v1/img2img", {"init_images": [url]}),
+                ("/sdapi/v1/img2img", {"init_images": [good], "mask": url}),
+                ("/sdapi/v1/png-info", {"image": url}),
+            ):
+                answer = server.http.post(path, json={"prompt": "a cat", **asked})
+                assert answer.status_code == 400, (path, url, answer.text)
+        answer = server.http.post("/v1/images/edits", data={"prompt": "a", "image": urls[0]})
+        assert answer.status_code == 400
+        listener.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 def test_bodies_are_limited(server):
@@ -108,7 +169,7 @@ def test_bodies_are_limited(server):
 
 def test_clients_that_send_rubbish_or_leave_harm_nobody(server):
     lines = []
-    for k in range(100):
+    for k in range(200):
         line = socket.create_connection((HERE, server.port), 10)
         line.sendall(
             [b"GET / HT", b"\x16\x03\x01\x02" * 50, b"POST /jobs HTTP/1.1\r\nHost: x\r\n"][k % 3]

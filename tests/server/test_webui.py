@@ -9,6 +9,8 @@ import time
 import pytest
 from PIL import Image
 
+from latentgen.server.webui import around
+
 # What webuiapi 0.9.17 sends when nobody asks for anything.
 ALWAYS = {
     "styles": [], "subseed": -1, "subseed_strength": 0.0, "seed_resize_from_h": 0,
@@ -40,6 +42,9 @@ def encoded(image: Image.Image) -> str:
 
 def decoded(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+WHITE = encoded(Image.new("L", (32, 32), 255))
 
 
 def post(server, name: str, status: int = 200, **fields):
@@ -82,20 +87,37 @@ def test_img2img_and_inpainting(server, picture, mask):
     answer = post(server, "img2img", **asked, sampler_name="Euler a")
     assert decoded(answer["images"][0]).size == (32, 32)
     assert answer["parameters"]["init_images"] is None
-    asked |= {"inpainting_fill": 1, "mask_blur": 0}
+    asked |= {"mask_blur": 0, "seed": 3}
     black = Image.new("RGB", picture.size)
-    for invert in (0, 1):
+    seen = set()
+    for fill, invert in ((0, 0), (1, 0), (0, 1), (1, 1)):
         kept = mask.point(lambda value: 255 - value) if not invert else mask
         fields = asked | {"mask": encoded(mask), "inpainting_mask_invert": invert}
+        fields |= {"inpainting_fill": fill}
         drawn = decoded(post(server, "img2img", **fields)["images"][0]).convert("RGB")
         assert Image.composite(drawn, black, kept).tobytes() == (
             Image.composite(picture, black, kept).tobytes()
         )
         assert drawn.tobytes() != picture.tobytes()
+        seen.add(drawn.tobytes())
+    assert len(seen) == 4
     larger = asked | {"width": 48, "height": 32}
     for mode in (0, 1):
         answer = post(server, "img2img", **(larger | {"resize_mode": mode}))
         assert decoded(answer["images"][0]).size == (48, 32)
+
+
+def test_what_is_masked_is_filled_with_the_colours_around():
+    image = Image.new("RGB", (96, 64), "red")
+    image.paste("blue", (48, 0, 96, 64))
+    image.paste("lime", (8, 8, 24, 24))  # to be forgotten
+    mask = Image.new("L", image.size)
+    mask.paste(255, (6, 6, 30, 30))
+    filled = around(image, mask)
+    assert Image.composite(image, filled, mask.point(lambda v: 255 - v)) == filled
+    red, green, blue = filled.getpixel((16, 16))
+    assert red > 200 > 55 > max(green, blue)
+    assert around(image, Image.new("L", image.size, 255)) == image
 
 
 WRONG = [
@@ -124,6 +146,7 @@ def test_what_cannot_be_done_is_named(server, name, value):
         ({"init_images": ["http://localhost/x.png"]}, 400, "not fetched"),
         ({"init_images": ["x"] * 2}, 400, "one picture"),
         ({"mask": "x"}, 400, "mask"),
+        ({"mask": WHITE, "inpainting_fill": 2}, 400, "inpainting_fill"),
         ({"resize_mode": 3, "width": 64}, 400, "resize_mode"),
     ],
 )
