@@ -9,9 +9,9 @@ It writes two image folders in the layout of Hugging Face's imagefolder, picture
                            composed: backgrounds, places and sizes, counts, pairs
                            metadata.jsonl lists all of them; subjects.jsonl and everyday.jsonl the
                            icons of those files beside this script, everyday_noto.jsonl the latter
-                           in one style, composed.jsonl the compositions, and styles.jsonl the
+                           in one style, and composed.jsonl the compositions; styles.jsonl the
                            everyday icons with a background each, where a name without a style
-                           means one style only
+                           means one style only, and broad.jsonl the same of all subjects
     data/icons/held_out/   for fine-tuning examples: the style noto-v1, and the subjects of
                            held_out.txt in every style; nothing of it is in train/
 
@@ -374,7 +374,8 @@ def main() -> None:
             if folder == "train":
                 drawn.append(icon)
     train = args.output_dir / "train"
-    write_rows(train / "subjects.jsonl", [row for row in rows["train"] if row["name"] in subjects])
+    asked_for = [row for row in rows["train"] if row["name"] in subjects]
+    write_rows(train / "subjects.jsonl", asked_for)
     lesson = [row for row in rows["train"] if row["name"] in everyday]
     write_rows(train / "everyday.jsonl", lesson)
     usual = [row for row in lesson if row["style"] == USUAL_STYLE]
@@ -388,6 +389,7 @@ def main() -> None:
         composed.append({"file_name": f"composed/{stem}.png", "text": texts, **facts})
     write_rows(train / "composed.jsonl", composed)
     write_rows(train / "styles.jsonl", one_picture_a_name(lesson, composed))
+    write_rows(train / "broad.jsonl", one_picture_a_name(asked_for, composed))
     write_rows(train / "metadata.jsonl", rows["train"] + composed)
     write_rows(args.output_dir / "held_out" / "metadata.jsonl", rows["held_out"])
     (args.output_dir / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))

@@ -268,7 +268,7 @@ def train_text_to_image() -> None:
 
     def loss_function(model: nn.Module, batch: Batch) -> Tensor:
         x_0 = images[batch.integers(len(images)), batch.rows]
-        timesteps = batch.integers(len(alphas_cumprod))
+        timesteps = batch.timesteps(len(alphas_cumprod))
         noise = batch.normal(*images.shape[2:])
         empty = config.proportion_empty_prompts
         prompt = None if captions is None else captions.draw(batch, empty)

@@ -213,7 +213,7 @@ class Task:
         config, lesson = self.config, self.lesson
         x_0, mask, bucket = self.latents.draw(batch)
         words = self.words.draw(batch, config.proportion_empty_prompts)
-        noise, timesteps = self._noise(batch, x_0), batch.integers(len(self.alphas_cumprod))
+        noise, timesteps = self._noise(batch, x_0), batch.timesteps(len(self.alphas_cumprod))
         if not lesson.classes:
             return self._error(model, x_0, noise, timesteps, words, mask)
         count = len(x_0)
@@ -224,7 +224,7 @@ class Task:
             model,
             torch.cat([x_0, of_class]),
             torch.cat([noise, self._noise(batch, x_0)]),
-            torch.cat([timesteps, batch.integers(len(self.alphas_cumprod))]),
+            torch.cat([timesteps, batch.timesteps(len(self.alphas_cumprod))]),
             torch.cat([words, self.words.first(first_class + rows)]),
             None if mask is None else torch.cat([mask, torch.ones_like(mask)]),
             prior=count,

@@ -411,14 +411,14 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
     pictures = task.lesson.instances
     own_words = task.encoders.states([pictures[row].captions[0] for row in (4, 1)])
     noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
-    timesteps = batch.integers(1000)
+    timesteps = batch.timesteps(1000)
     class_rows = batch.rows_of(3, 2)
     of_class = task.latents.of_class[size][class_rows]
     shown = [task.lesson.classes[row].captions[0] for row in class_rows]
     assert len(set(shown)) == 2
     class_words = task.encoders.states(shown)
     class_noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
-    class_timesteps = batch.integers(1000)
+    class_timesteps = batch.timesteps(1000)
 
     def expected(x, eps, t, words, weight):
         a = task.alphas_cumprod[t].reshape(-1, 1, 1, 1)

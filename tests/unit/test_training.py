@@ -344,13 +344,24 @@ def test_shares_of_a_batch_draw_what_the_whole_batch_draws():
     whole = Batch(1, 7, rows, slice(0, 6))
     parts = [Batch(1, 7, rows, slice(start, start + 2)) for start in (0, 2, 4)]
     assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
-    draws = [(b.integers(9), b.normal(2, 3), b.uniform()) for b in (whole, *parts)]
-    for k in range(3):
+    draws = [
+        (b.integers(9), b.normal(2, 3), b.uniform(), b.timesteps(1000)) for b in (whole, *parts)
+    ]
+    for k in range(4):
         assert torch.equal(torch.cat([draw[k] for draw in draws[1:]]), draws[0][k])
     words = torch.cat([part.rows_of(50, 3) for part in parts])
     assert torch.equal(words, batch_rows(1, 7, 9, 50))
     other = Batch(1, 8, batch_rows(1, 8, 6, 20), slice(0, 6))
     assert not torch.equal(other.integers(9), draws[0][0])
+
+
+def test_the_timesteps_of_a_batch_are_spread_and_each_is_as_likely():
+    counts = torch.zeros(10)
+    for step in range(2000):
+        drawn = Batch(0, step, torch.arange(4), slice(0, 4)).timesteps(10)
+        assert (drawn * 4 // 10 - torch.arange(4)).abs().max() <= 1  # 10 is no multiple of 4
+        counts += torch.bincount(drawn, minlength=10)
+    assert (counts / 800 - 1).abs().max() < 0.15  # five standard deviations
 
 
 def test_random_crops_are_windows_of_the_pictures():
