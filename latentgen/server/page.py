@@ -80,7 +80,8 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
     models = settings.models()
     usual = next(iter(models.values()))
     with gr.Blocks(title="latentgen", analytics_enabled=False) as page:
-        job_id, begun, listed = gr.State(None), gr.State(None), gr.State([])
+        job_id, begun = gr.State(None), gr.State(None)
+        listed, limit = gr.State([]), gr.State(SHOWN)
         with gr.Tab("Draw", id="draw"), gr.Row():
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
@@ -105,6 +106,13 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                         brush=gr.Brush(colors=["#ff00aa"], default_size=24, color_mode="fixed"),
                         layers=False,
                         elem_id="editor",
+                    )
+                    mask = gr.Image(
+                        type="pil",
+                        image_mode="L",
+                        sources=["upload", "clipboard"],
+                        label="A mask instead of painting: white is redrawn",
+                        elem_id="mask",
                     )
                     strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How much to change")
                 with gr.Accordion("Settings", open=False):
@@ -147,6 +155,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     elem_id="gallery",
                     buttons=["download", "fullscreen"],
                 )
+                more = gr.Button("Show more", elem_id="more-button")
             with gr.Column(scale=4, min_width=320):
                 facts = gr.Textbox(label="Its settings", lines=8, interactive=False)
                 use = gr.Button("Use these settings", interactive=False, elem_id="use-button")
@@ -178,11 +187,14 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             format,
         ]
 
-        async def start(editor_value: Any, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        async def start(
+            painted: Any, sent_mask: Image.Image | None, *values: Any
+        ) -> AsyncIterator[dict[Any, Any]]:
             """Draw what the form says, and show how it goes."""
-            drawing, image, mask = told_plainly(read_form, values, editor_value)
+            drawing, image, painted_mask = told_plainly(read_form, values, painted)
+            wanted = sent_mask if sent_mask is not None else painted_mask
             try:
-                job = await service().submit(drawing, image, mask)
+                job = await service().submit(drawing, image, wanted)
             except InvalidRequest as error:
                 raise gr.Error(str(error), print_exception=False) from None
             except QueueFull:
@@ -211,8 +223,8 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             if id is not None:
                 await service().live.cancel(id)
 
-        def pictures() -> tuple[list[str], list[str]]:
-            names, root = service().gallery(SHOWN), settings.outputs.resolve()
+        def pictures(limit: int) -> tuple[list[str], list[str]]:
+            names, root = service().gallery(limit), settings.outputs.resolve()
             return [str(root / name) for name in names], names
 
         def choose(names: list[str], event: gr.SelectData) -> tuple[Any, ...]:
@@ -225,7 +237,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             values = told_plainly(settings_of, Path(file), settings)
             return [values.get(name, gr.skip()) for name in FIELDS]
 
-        async def remove(name: str | None) -> tuple[Any, ...]:
+        async def remove(name: str | None, limit: int) -> tuple[Any, ...]:
             if name is not None:
                 state = service().jobs.get(Path(name).name[:36])
                 file = service().picture(name)
@@ -234,13 +246,13 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                 elif file is not None:
                     file.unlink(missing_ok=True)
             off = gr.update(interactive=False)
-            return *pictures(), None, "", off, off
+            return *pictures(limit), None, "", off, off
 
         everything = [told, results, job_id, begun, draw, cancel]
         gr.on(
             [draw.click, prompt.submit],
             start,
-            [editor, *form],
+            [editor, mask, *form],
             everything,
             concurrency_limit=None,
             show_progress="hidden",
@@ -251,12 +263,14 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         )
         cancel.click(stop, job_id, None, concurrency_limit=None)
         again.click(lambda seed: seed if seed is not None else gr.skip(), begun, seed)
-        gallery_tab.select(pictures, None, [gallery, listed])
-        page.load(pictures, None, [gallery, listed])
+        gr.on([gallery_tab.select, page.load], pictures, limit, [gallery, listed])
+        more.click(lambda limit: limit + SHOWN, limit, limit).then(
+            pictures, limit, [gallery, listed]
+        )
         page.load(lambda: gr.update(choices=list(lorafolder.names_there())), None, loras)
         gallery.select(choose, listed, [chosen, facts, use, delete])
         use.click(lambda name: fill(settings.outputs / name), chosen, form)
-        delete.click(remove, chosen, [gallery, listed, chosen, facts, use, delete])
+        delete.click(remove, [chosen, limit], [gallery, listed, chosen, facts, use, delete])
         dropped.change(
             lambda file: (
                 describe(Path(file)) if file else "",

@@ -117,6 +117,38 @@ def test_only_what_was_painted_on_changes(page, server, tmp_path):
     assert 0 < changed.mean() < 0.5
 
 
+def test_a_mask_may_be_a_picture_too(page, server, tmp_path):
+    Image.new("RGB", (32, 32), "grey").save(tmp_path / "grey.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(tmp_path / "mask.png")
+    page.get_by_text("Start from a picture").click()
+    page.wait_for_timeout(1500)
+    page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "grey.png")
+    page.locator("#mask input[type=file]").set_input_files(tmp_path / "mask.png")
+    page.locator("#mask img").wait_for()
+    page.wait_for_timeout(1500)
+    job = draw(page, server)
+    drawn = Image.open(server.home / "outputs" / job["images"][0]["url"].removeprefix("/images/"))
+    changed = (np.asarray(drawn.convert("RGB")) != 128).any(-1)
+    assert changed[:, :12].any()
+    assert not changed[:, 16:].any()
+
+
+def test_the_gallery_has_all_that_was_made(page, server):
+    folder = server.home / "outputs" / "2026-01-01"
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(70):
+        name = f"00000000-0000-4000-8000-{k:012d}-1.png"
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+    page.get_by_role("tab", name="Gallery").click()
+    shown = page.locator("#gallery .thumbnail-item")
+    sync_api.expect(shown).to_have_count(60)
+    page.click("#more-button")
+    page.wait_for_function("document.querySelectorAll('#gallery .thumbnail-item').length >= 70")
+    shutil.rmtree(folder)
+
+
 def test_the_gallery_gives_settings_back_and_deletes(page, server):
     job = draw(page, server, "something to find again")
     page.get_by_role("tab", name="Gallery").click()
