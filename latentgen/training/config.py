@@ -139,7 +139,8 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
     """Flags from the shell over those of `--config FILE.yaml`, of a kohya data set's file, and of
     the run that `--from FILE` repeats; a wrong one ends the program with a line that names it."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    usage = "%(prog)s --config FILE.yaml --flag value ... (--help lists the flags)"
+    parser = HfArgumentParser(kind, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="a YAML file of flags; the shell's win")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
