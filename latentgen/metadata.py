@@ -264,7 +264,7 @@ def read(path: str | Path) -> Picture:
 
 def text_of(image: Image.Image) -> str | None:
     """The infotext of a picture that Pillow opened."""
-    exif = image.getexif().get_ifd(_EXIF)
+    exif = _exif_of(image)
     text = image.info.get("parameters")
     if text is None and _USER_COMMENT in exif:
         text = _user_comment(exif[_USER_COMMENT])
@@ -273,8 +273,15 @@ def text_of(image: Image.Image) -> str | None:
     return text
 
 
+def _exif_of(image: Image.Image) -> dict[int, Any]:
+    try:
+        return image.getexif().get_ifd(_EXIF)
+    except Exception:  # Pillow raises many kinds for EXIF that is broken
+        return {}
+
+
 def _record_of(image: Image.Image) -> dict[str, Any] | None:
-    packed = image.info.get("latentgen") or image.getexif().get_ifd(_EXIF).get(_MAKER_NOTE)
+    packed = image.info.get("latentgen") or _exif_of(image).get(_MAKER_NOTE)
     try:
         known = json.loads(packed) if packed else None
     except (ValueError, TypeError, RecursionError):  # a camera's own maker note
@@ -484,7 +491,9 @@ def _unquoted(text: str) -> str:
 def _user_comment(value: bytes | str | Sequence[int]) -> str:
     if isinstance(value, str):
         return value
-    value = bytes(value)
+    if not isinstance(value, bytes):  # numbers, if they are bytes too; one alone is no text
+        numbers = value if isinstance(value, tuple) else ()
+        value = bytes(n for n in numbers if isinstance(n, int) and 0 <= n < 256)
     if not value.startswith(_UNICODE):
         return value[8:].decode("utf-8", "replace").strip("\0")
     body = value.removeprefix(_UNICODE)

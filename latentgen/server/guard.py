@@ -72,8 +72,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_ours(host):
             return 403, "this server is not called that; start it with --allowed-host", {}
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if not _comes_from(headers.get("origin"), host):
             return 403, "requests from pages of other sites are refused", {}
         if self._token is not None and path not in OPEN and not self._has_token(headers):
             ask = {"WWW-Authenticate": 'Basic realm="latentgen", charset="UTF-8"'}
@@ -105,3 +104,11 @@ class Guard:
             return False
         assert self._token is not None
         return secrets.compare_digest(value.strip().encode(), self._token.encode())
+
+
+def _comes_from(origin: str | None, host: str) -> bool:
+    """Whether a request is of a page of this server, or of no page at all."""
+    try:
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:
+        return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sqlite3
 import threading
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ ENDED: dict[str, Status] = {
     "CANCELLED": "cancelled",
 }
 OPEN = ["ENQUEUED", "PENDING", "DELAYED"]
+ID = re.compile("[0-9a-f-]{36}")
 AT_ONCE = 500  # rows that are deleted at once
 
 
@@ -69,7 +71,7 @@ class Jobs:
         self.limit = limit
         prepare(url)
         self._client = open_client(url)
-        self._engine = sa.create_engine(url)
+        self._engine = sa.create_engine(url, hide_parameters=True)  # what people ask for
         self._sqlite = self._engine.dialect.name == "sqlite"
         self._table = "workflow_status" if self._sqlite else "dbos.workflow_status"
         self._cancelling = threading.Lock()
@@ -112,6 +114,8 @@ class Jobs:
 
     def get(self, id: str) -> JobState | None:
         """A job; None if there is no such one."""
+        if not ID.fullmatch(id):
+            return None
         found = self._client.list_workflows(workflow_ids=[id])
         return _state(found[0]) if found else None
 
@@ -119,16 +123,17 @@ class Jobs:
         self, limit: int = 50, offset: int = 0, status: Status | None = None
     ) -> list[JobState]:
         """Jobs, the newest first."""
+        if status in ("queued", "running"):  # one to the database; there are `self.limit` at most
+            found = self._client.list_workflows(name=WORKFLOW, status=OPEN, sort_desc=True)
+            states = [state for state in map(_state, found) if state.status == status]
+            return states[offset : offset + limit]
         wanted = None
-        if status in ("queued", "running"):
-            wanted = OPEN
-        elif status is not None:
+        if status is not None:
             wanted = [name for name, told in ENDED.items() if told == status]
         found = self._client.list_workflows(
             name=WORKFLOW, status=wanted, limit=limit, offset=offset, sort_desc=True
         )
-        states = [_state(row) for row in found]
-        return [state for state in states if status is None or state.status == status]
+        return [_state(row) for row in found]
 
     def cancel(self, id: str) -> JobState | None:
         """Cancel a job that has not ended; its state afterwards. One that has ended stays as it

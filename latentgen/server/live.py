@@ -125,15 +125,17 @@ class Live:
                 del self._followers[id]
 
     async def _keep_running(self) -> None:
+        command = (sys.executable, "-m", "latentgen.server.process")
+        pipe = asyncio.subprocess.PIPE
         while not self._closing:
-            self._process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "latentgen.server.process",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=LINE,
-            )
+            try:
+                self._process = process = await asyncio.create_subprocess_exec(
+                    *command, stdin=pipe, stdout=pipe, limit=LINE
+                )
+            except OSError:  # no memory, say, which may come back
+                log.exception("no worker can be started")
+                await asyncio.sleep(RESTART)
+                continue
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(self.settings.to_json().encode())

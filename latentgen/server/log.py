@@ -28,5 +28,6 @@ def log_as_json() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     for chatty in ("httpx", "httpx2", "uvicorn.error", "dbos"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

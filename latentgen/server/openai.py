@@ -140,10 +140,10 @@ async def edits(request: Request, service: TheService) -> Response:
         size = f"{mask.width} x {mask.height}"
         hint = f"must have the size of the image, {image.width} x {image.height}"
         raise InvalidRequest("mask", size, hint)
-    repaint = _transparent(mask if mask is not None else image)
+    repaint = await service.aside(_transparent, mask if mask is not None else image)
     if mask is not None and repaint is None:
         raise InvalidRequest("mask", "a picture", "nothing in it is transparent, to be repainted")
-    return await _answer(service, request, asked, "image_edit", image.convert("RGB"), repaint)
+    return await _answer(service, request, asked, "image_edit", image, repaint)
 
 
 @router.post(
@@ -164,8 +164,8 @@ async def variations(request: Request, service: TheService) -> Response:
     if not prompt:
         hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
         raise InvalidRequest("prompt", None, hint)
-    wanted = Edit(**asked.model_dump(exclude={"prompt"}), prompt=prompt)
-    return await _answer(service, request, wanted, "image_edit", image.convert("RGB"))
+    wanted = checked(Edit, asked.model_dump(exclude={"prompt"}) | {"prompt": prompt})
+    return await _answer(service, request, wanted, "image_edit", image)
 
 
 @router.get("/models")
@@ -199,7 +199,10 @@ async def _answer(
     partial = asked.partial_images or 0
     if partial and not asked.stream:
         raise InvalidRequest("partial_images", partial, "goes with stream")
-    job = await service.submit(_drawing(asked, service, image is not None), image, mask)
+    if asked.stream and asked.response_format == "url":
+        raise InvalidRequest("response_format", "url", "a stream sends pictures as b64_json")
+    drawing = await service.aside(_drawing, asked, service, image is not None)
+    job = await service.submit(drawing, image, mask)
     for name in ("user", "safety_identifier"):
         if who := getattr(asked, name):
             log.info("job %s: %s %r", job.id, name, who)
@@ -318,7 +321,8 @@ async def _files(form: FormData, names: set[str], service: Service) -> dict[str,
                 raise InvalidRequest(key, "a file", f"files here are {sorted(names)}")
             if name in found:
                 raise InvalidRequest(key, "several files", "one picture at a time is edited here")
-            found[name] = open_picture(await value.read(), name, service.settings)
+            data = await value.read()
+            found[name] = await service.aside(open_picture, data, name, service.settings)
     if "image" not in found:
         raise InvalidRequest("image", None, "send the picture as a file")
     return found
@@ -329,7 +333,13 @@ def _fields(form: FormData, kind: type[Any]) -> Any:
     values: dict[str, Any] = {}
     for key, value in form.multi_items():
         if isinstance(value, str):
-            values[key] = json.loads(value) if key == "loras" and value.startswith("[") else value
+            values[key] = value
+    if "loras" in values:
+        try:
+            values["loras"] = json.loads(values["loras"])
+        except (ValueError, RecursionError):
+            hint = 'no JSON; a list like [{"name": "style", "weight": 0.8}]'
+            raise InvalidRequest("loras", values["loras"], hint) from None
     return checked(kind, values)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fastapi import Request
 from PIL import Image
@@ -19,10 +22,12 @@ from .settings import Settings
 __all__ = ["Gone", "Service"]
 
 KEEP_DAYS = 30  # that the database remembers a job that ended; its pictures stay
+HANDS = 4  # pictures that are decoded and checked at once
 LOOK = 1.0  # seconds between looks whether a client still waits
 PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avif)")
 
 log = logging.getLogger(__name__)
+Done = TypeVar("Done")
 
 
 class Gone(Exception):
@@ -37,6 +42,7 @@ class Service:
         self.jobs = Jobs(settings.database, settings.max_queue)
         self.live = Live(settings, self.jobs)
         self.open = 0  # jobs that have not ended: right after `count`, near enough in between
+        self._hands = asyncio.Semaphore(HANDS)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -62,9 +68,7 @@ class Service:
             InvalidRequest: see `accept`.
             QueueFull: as many wait as may wait.
         """
-        if self.open >= self.settings.max_queue:
-            raise QueueFull
-        job = await asyncio.to_thread(accept, drawing, self.settings, image, mask_image)
+        job = await self.aside(accept, drawing, self.settings, image, mask_image)
         try:
             await asyncio.to_thread(self.jobs.put, job)
         except QueueFull:
@@ -74,6 +78,18 @@ class Service:
         prompt = f": {drawing.prompt}" if self.settings.log_prompts else ""
         log.info("job %s accepted, %d picture(s)%s", job.id, len(job.seeds), prompt)
         return job
+
+    async def aside(self, work: Callable[..., Done], *arguments: Any) -> Done:
+        """Do what takes a while with pictures, in a thread and a few at a time; all but the answer
+        "come again later" would only be waited for in vain.
+
+        Raises:
+            QueueFull: as many jobs wait as may wait.
+        """
+        if self.open >= self.settings.max_queue:
+            raise QueueFull
+        async with self._hands:
+            return await asyncio.to_thread(work, *arguments)
 
     async def finished(self, job: Job, request: Request) -> JobState:
         """Wait until a job has ended, for a client that waits too.
@@ -119,14 +135,18 @@ class Service:
     def gallery(self, limit: int, offset: int = 0) -> list[str]:
         """The names of finished pictures, the newest first. It looks at nothing but the files."""
         found: list[str] = []
-        folders = self.settings.outputs.iterdir() if self.settings.outputs.is_dir() else ()
-        for folder in sorted(folders, reverse=True):
+        root = self.settings.outputs
+        days = [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
+        for folder in sorted(days, reverse=True):
             if len(found) >= offset + limit:
                 break
-            names = [f"{folder.name}/{file.name}" for file in folder.iterdir()]
-            files = [self.settings.outputs / name for name in names if PICTURE.fullmatch(name)]
-            files.sort(key=lambda file: (file.stat().st_mtime, file.name), reverse=True)
-            found += [file.relative_to(self.settings.outputs).as_posix() for file in files]
+            dated = []
+            for file in folder.iterdir():
+                name = f"{folder.name}/{file.name}"
+                if PICTURE.fullmatch(name):
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        dated.append((file.stat().st_mtime, name))
+            found += [name for _, name in sorted(dated, reverse=True)]
         return found[offset : offset + limit]
 
     async def delete(self, state: JobState) -> None:

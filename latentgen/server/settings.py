@@ -26,8 +26,8 @@ class Settings:
         database_url: of PostgreSQL; None: an SQLite file in the data folder.
         allowed_hosts: further names under which clients may reach it (the Host header).
         max_queue: jobs that wait; more are refused.
-        max_batch: pictures drawn at once.
-        max_images, max_steps: in one job.
+        max_batch: pictures of different jobs that are drawn at once.
+        max_images, max_steps: in one job, whose pictures are drawn at once.
         max_pixels: of each picture, drawn or sent.
         max_body: bytes of a request.
         log_prompts: whether the log may hold what people ask for.

@@ -11,7 +11,7 @@ and refiners are such fields. Differences that are told rather than hidden:
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
 - the whole picture is drawn, so `inpaint_full_res` changes nothing while sizes are those of the
-  picture; with other sizes it must be false
+  picture and `inpaint_full_res_padding` is 0; otherwise it must be false
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
+from ..images import load_image
 from ..modelfolder import Model
 from .drawing import MAX_PROMPT, Drawing, checked, decode_picture
 from .jobs import JobState
 from .native import TheService
 from .service import Service
+from .settings import Settings
 
 __all__ = ["router"]
 
@@ -144,13 +146,16 @@ class ImageToImage(TextToImage):
 class PictureInfo(BaseModel):
     """`POST /sdapi/v1/png-info`."""
 
+    model_config = ConfigDict(extra="forbid")
+
     image: str
 
 
 @router.post("/txt2img")
 async def txt2img(asked: TextToImage, request: Request, service: TheService) -> dict[str, Any]:
     """Draw pictures from text."""
-    return await _answer(service, request, asked, _drawing(asked, service))
+    drawing = await service.aside(_drawing, asked, service)
+    return await _answer(service, request, asked, drawing)
 
 
 @router.post("/img2img")
@@ -160,22 +165,16 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
         raise HTTPException(404, "Init image not found")
     if len(asked.init_images) > 1:
         raise InvalidRequest("init_images", len(asked.init_images), "one picture at a time")
-    image = decode_picture(asked.init_images[0], "init_images", service.settings)
-    mask = None
-    if asked.mask:
-        mask = _mask(decode_picture(asked.mask, "mask", service.settings), asked)
-        if mask.size != image.size:
-            raise InvalidRequest(
-                "mask", f"{mask.width} x {mask.height}", "not as large as the image"
-            )
-    drawing = _drawing(asked, service)
-    image, mask = _resized(image, mask, asked)
+    drawing = await service.aside(_drawing, asked, service)
+    image, mask = await service.aside(_pictures, asked, service.settings)
     more: dict[str, Any] = {"strength": asked.denoising_strength}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
-        image = _filled(image.convert("RGB"), mask, asked)
+        if asked.inpaint_full_res and asked.inpaint_full_res_padding:
+            hint = "the whole picture is drawn here: 0, or inpaint_full_res false"
+            raise InvalidRequest("inpaint_full_res_padding", asked.inpaint_full_res_padding, hint)
     wanted = drawing.model_copy(update=more)
-    return await _answer(service, request, asked, wanted, image.convert("RGB"), mask)
+    return await _answer(service, request, asked, wanted, image, mask)
 
 
 async def _answer(
@@ -214,10 +213,12 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
         raise InvalidRequest(f"override_settings.{name}", override[name], hint)
     form = override.get("samples_format", "png")
     model = _named_model(service, override.get("sd_model_checkpoint"))
+    if asked.override_settings_restore_afterwards is False:
+        hint = "true: the settings of others stay as they are"
+        raise InvalidRequest("override_settings_restore_afterwards", False, hint)
     name = asked.sampler_name or asked.sampler_index or "Euler"
-    kind = asked.scheduler
-    if kind and kind.lower() != "automatic" and not _says_schedule(name):
-        name = f"{name} {kind}"
+    if not _says_schedule(name):
+        name = f"{name} {asked.scheduler or 'Automatic'}"
     eta = asked.eta if asked.eta is not None else 0.0
     if not schedulers.parse(name).entry.eta:
         if eta not in (0, 1):
@@ -264,6 +265,24 @@ def _refuse_the_rest(asked: TextToImage) -> None:
         arguments = script.get("args", []) if isinstance(script, dict) else script
         if arguments not in ([], [False]):
             raise InvalidRequest("alwayson_scripts", name, "there are no scripts here")
+
+
+def _pictures(asked: ImageToImage, settings: Settings) -> tuple[Image.Image, Image.Image | None]:
+    """What it starts from and what is repainted of it, both of the size asked for."""
+    assert asked.init_images
+    image = decode_picture(asked.init_images[0], "init_images", settings)
+    image, mask = load_image(image, "init_images"), None
+    if asked.mask:
+        mask = _mask(decode_picture(asked.mask, "mask", settings), asked)
+        if mask.size != image.size:
+            size = f"{mask.width} x {mask.height}"
+            raise InvalidRequest("mask", size, "not as large as the image")
+    width, height = _or(asked.width, 512), _or(asked.height, 512)
+    if width * height > settings.max_pixels:
+        hint = f"at most {settings.max_pixels} pixels in all"
+        raise InvalidRequest("width", width, hint)
+    image, mask = _resized(image, mask, asked)
+    return (image if mask is None else _filled(image, mask, asked)), mask
 
 
 def _mask(mask: Image.Image, asked: ImageToImage) -> Image.Image:

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from filelock import FileLock
 
 from .. import metadata
 from ..errors import LatentgenError
+from ..outputs import write_file
 from ..pipeline import LatentDiffusion, Result, Step
 from ..request import ResolvedRequest, can_join, together
 from .drawing import FORMATS, Job
@@ -231,18 +231,8 @@ class Worker:
         at all. Returns their names below the outputs."""
         files = job.output_files(self.settings)
         for k, file in enumerate(files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            data = metadata.encode_result(result, k, FORMATS[job.output_format], job.quality)
-            partial = file.with_name(f".{file.name}.partial")
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-        if os.name == "posix":
-            folder = os.open(files[0].parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            form = FORMATS[job.output_format]
+            write_file(file, metadata.encode_result(result, k, form, job.quality))
         return [file.relative_to(self.settings.outputs).as_posix() for file in files]
 
 

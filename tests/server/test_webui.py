@@ -147,6 +147,7 @@ def test_what_cannot_be_done_is_named(server, name, value):
         ({"init_images": ["x"] * 2}, 400, "one picture"),
         ({"mask": "x"}, 400, "mask"),
         ({"mask": WHITE, "inpainting_fill": 2}, 400, "inpainting_fill"),
+        ({"mask": WHITE, "inpaint_full_res_padding": 32}, 400, "inpaint_full_res_padding"),
         ({"resize_mode": 3, "width": 64}, 400, "resize_mode"),
     ],
 )
