@@ -2,25 +2,42 @@
 
 It puts jobs into the same queue as the APIs. A job that was begun here goes on when the page is
 closed; its pictures are in the gallery. Nothing it needs comes from elsewhere.
+
+Gradio does more than this page wants: it fetches URLs, copies every picture that it shows, decodes
+every picture that it gets, and prints traces. `mount` puts other functions in the place of those:
+a subclass would not do, Gradio would write a stub beside this file.
 """
 
 from __future__ import annotations
 
-import io
+import base64
+import functools
+import html
+import logging
 import os
-from collections.abc import AsyncIterator, Callable
+import shutil
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
+from gradio import processing_utils, routes
+from gradio.components.gallery import GalleryData, GalleryImage
+from gradio.data_classes import ImageData
+from gradio.exceptions import InvalidPathError
 from PIL import Image
 
 from .. import lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
-from .drawing import Drawing, LoraChoice, checked
+from ..lorafolder import LoraUse
+from ..request import Request
+from .drawing import Drawing, LoraChoice, checked, open_picture
 from .jobs import JobState, QueueFull
 from .service import Service
 from .settings import Settings
@@ -29,6 +46,8 @@ __all__ = ["mount"]
 
 SHOWN = 60  # pictures of the gallery at once
 PREVIEWS = 8
+UPLOADS_LAST = 3600  # seconds
+UNUSED = ("deep_link", "process_recording")  # would keep forms and films that nobody deletes
 SYSTEM_FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container {max-width: 72rem !important; width: 100% !important; margin: auto}
@@ -37,6 +56,8 @@ footer {display: none !important}
 #told {min-height: 1.6rem}
 #results .grid-wrap, #gallery .grid-wrap {max-height: none !important; height: auto !important}
 """
+
+log = logging.getLogger(__name__)
 
 # The settings, in the order in which they are kept and handed around.
 FIELDS = (
@@ -53,33 +74,110 @@ FIELDS = (
     "loras",
     "lora_weight",
     "strength",
+    "mask_blur",
+    "eta",
+    "guidance_rescale",
     "output_format",
+)
+# Those of them that a request has in the same way.
+SAME = (
+    "num_inference_steps",
+    "guidance_scale",
+    "width",
+    "height",
+    "strength",
+    "mask_blur",
+    "eta",
+    "guidance_rescale",
 )
 
 
 def mount(app: FastAPI, settings: Settings) -> FastAPI:
     """Serve the page at `/` of an application whose state has the service."""
+    uploads = settings.data_dir.resolve() / "uploads"
+    os.environ["GRADIO_TEMP_DIR"] = routes.DEFAULT_TEMP_DIR = str(uploads)
+    restrain()
+    for name in UNUSED:
+        app.api_route(f"/gradio_api/{name}", methods=["GET", "POST"], include_in_schema=False)(gone)
     page = build(settings, lambda: app.state.service)
     theme = gr.themes.Soft(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"])
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
         theme=theme,
         css=CSS,
         footer_links=[],
-        show_error=True,  # ours are sentences; `told_plainly` sees to the others
-        allowed_paths=[str(settings.outputs.resolve())],
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,  # what `plainly` makes of errors is shown nevertheless
         max_file_size=settings.max_body,
         ssr_mode=False,
+        app_kwargs={"lifespan": functools.partial(emptied, uploads)},
     )
+    page.has_launched = True  # else Gradio opens any file of this machine that a request names
+    return app
+
+
+def restrain() -> None:
+    """Replace what Gradio does with what comes in, and with pictures that are shown.
+
+    It asks the classes again and again, also for new components: theirs are the functions.
+    """
+    for name in (
+        "async_ssrf_protected_get",
+        "async_ssrf_protected_download",
+        "ssrf_protected_download",
+        "save_url_to_cache",
+        "unsafe_download",
+    ):
+        setattr(processing_utils, name, refuse_url)
+    routes.secure_url_stream_response = refuse_url
+    for component in (gr.ImageEditor, gr.Image, gr.File):
+        component.preprocess = as_sent
+    gr.ImageEditor.accept_blobs = None  # a way to send pictures that would stay in memory
+    gr.Gallery.postprocess = by_address
+
+
+def refuse_url(*_arguments: Any, **_options: Any) -> NoReturn:
+    """In place of fetching what a request names: who may ask us must not make us ask others."""
+    raise HTTPException(403, "URLs are not fetched here; upload the file itself")
+
+
+def as_sent(_component: Any, payload: Any) -> Any:
+    """In place of what components do with a picture: they would decode it, whatever its size.
+
+    `opened` does that later, if its header allows. What remains: an upload of at most `max_body`
+    bytes lies on the disk meanwhile, and its decoding in the browser is the browser's business.
+    """
+    return payload
+
+
+def by_address(_component: Any, addresses: Sequence[str] | None) -> GalleryData:
+    """In place of what galleries do with a picture: they would copy it, and keep the copy."""
+    pictures = [ImageData(url=url, orig_name=url.rpartition("/")[2]) for url in addresses or ()]
+    return GalleryData(root=[GalleryImage(image=picture) for picture in pictures])
+
+
+def gone() -> None:
+    """Stands where Gradio does something that this page does not."""
+    raise HTTPException(404)
+
+
+@asynccontextmanager
+async def emptied(folder: Path, _app: FastAPI) -> AsyncIterator[None]:
+    """Nothing that was uploaded outlives the server, even if it was killed the last time."""
+    shutil.rmtree(folder, ignore_errors=True)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
     """The page's parts, and what happens when they are used."""
     models = settings.models()
     usual = next(iter(models.values()))
-    with gr.Blocks(title="latentgen", analytics_enabled=False) as page:
+    lasting = (UPLOADS_LAST // 6, UPLOADS_LAST)
+    with gr.Blocks(title="latentgen", analytics_enabled=False, delete_cache=lasting) as page:
         job_id, begun = gr.State(None), gr.State(None)
         listed, limit = gr.State([]), gr.State(SHOWN)
         with gr.Tab("Draw", id="draw"), gr.Row():
@@ -98,7 +196,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                 with gr.Accordion("Start from a picture", open=False):
                     gr.Markdown("It is redrawn as a whole, or only where you paint.")
                     editor = gr.ImageEditor(
-                        type="pil",
+                        type="filepath",
                         format="png",
                         label="Picture",
                         sources=["upload", "clipboard"],
@@ -108,13 +206,15 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                         elem_id="editor",
                     )
                     mask = gr.Image(
-                        type="pil",
-                        image_mode="L",
+                        type="filepath",
                         sources=["upload", "clipboard"],
                         label="A mask instead of painting: white is redrawn",
                         elem_id="mask",
                     )
-                    strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="How much to change")
+                    strength = gr.Slider(0, 1, 0.8, step=0.05, label="How much to change")
+                    mask_blur = gr.Number(
+                        0, label="Soft edge of the mask, in pixels", precision=0, minimum=0
+                    )
                 with gr.Accordion("Settings", open=False):
                     model = gr.Dropdown(list(models), value=usual.name, label="Model")
                     scheduler = gr.Dropdown(
@@ -126,7 +226,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     steps = gr.Slider(
                         1, settings.max_steps, usual.num_inference_steps, step=1, label="Steps"
                     )
-                    guidance = gr.Slider(1, 20, usual.guidance_scale, step=0.5, label="Guidance")
+                    guidance = gr.Slider(1, 30, usual.guidance_scale, step=0.5, label="Guidance")
                     with gr.Row():
                         width = gr.Number(usual.width, label="Width", precision=0, min_width=100)
                         height = gr.Number(usual.height, label="Height", precision=0, min_width=100)
@@ -134,6 +234,18 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                         list(lorafolder.names_there()), label="LoRAs", multiselect=True
                     )
                     lora_weight = gr.Slider(-1, 2, 1, step=0.05, label="LoRA weight")
+                    with gr.Row():
+                        eta = gr.Number(
+                            0, label="Eta, of DDIM", minimum=0, maximum=1, step=0.1, min_width=100
+                        )
+                        rescale = gr.Number(
+                            0,
+                            label="Guidance rescale",
+                            minimum=0,
+                            maximum=1,
+                            step=0.1,
+                            min_width=100,
+                        )
                     format = gr.Radio(["png", "jpeg", "webp"], value="png", label="Format")
             with gr.Column(scale=6, min_width=320):
                 told = gr.Markdown(elem_id="told")
@@ -141,7 +253,6 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     label="Pictures",
                     columns=2,
                     object_fit="contain",
-                    format="png",
                     elem_id="results",
                     buttons=["download", "fullscreen"],
                 )
@@ -150,7 +261,6 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                 gallery = gr.Gallery(
                     label="All pictures, the newest first",
                     columns=5,
-                    format="png",
                     object_fit="contain",
                     elem_id="gallery",
                     buttons=["download", "fullscreen"],
@@ -184,23 +294,17 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             loras,
             lora_weight,
             strength,
+            mask_blur,
+            eta,
+            rescale,
             format,
         ]
+        page.process_api = plainly(page.process_api, settings)
 
-        async def start(
-            painted: Any, sent_mask: Image.Image | None, *values: Any
-        ) -> AsyncIterator[dict[Any, Any]]:
+        async def start(painted: Any, mask: Any, *values: Any) -> AsyncIterator[dict[Any, Any]]:
             """Draw what the form says, and show how it goes."""
-            drawing, image, painted_mask = told_plainly(read_form, values, painted)
-            wanted = sent_mask if sent_mask is not None else painted_mask
-            try:
-                job = await service().submit(drawing, image, wanted)
-            except InvalidRequest as error:
-                raise gr.Error(str(error), print_exception=False) from None
-            except QueueFull:
-                raise gr.Error(
-                    "Too many jobs wait; try again soon", print_exception=False
-                ) from None
+            asked = await service().aside(read_form, values, painted, mask, settings)
+            job = await service().submit(*asked)
             yield {
                 told: "In the queue …",
                 job_id: job.id,
@@ -212,11 +316,12 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             yield {job_id: None, begun: str(job.seeds[0])}
 
         def shown(service: Service, state: JobState) -> dict[Any, Any]:
-            if state.status == "done":
-                return {results: [str(file.resolve()) for file in service.pictures(state)]}
+            if state.status == "done" and state.result is not None:
+                return {results: [address(name) for name in state.result["files"]]}
             progress = service.live.running.get(state.id)
             if progress is not None and progress.previews:
-                return {results: [Image.open(io.BytesIO(progress.previews[-1]))]}
+                png = base64.b64encode(progress.previews[-1]).decode()
+                return {results: [f"data:image/png;base64,{png}"]}
             return {}
 
         async def stop(id: str | None) -> None:
@@ -224,17 +329,20 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                 await service().live.cancel(id)
 
         def pictures(limit: int) -> tuple[list[str], list[str]]:
-            names, root = service().gallery(limit), settings.outputs.resolve()
-            return [str(root / name) for name in names], names
+            names = service().gallery(limit)
+            return [address(name) for name in names], names
 
         def choose(names: list[str], event: gr.SelectData) -> tuple[Any, ...]:
             name = names[event.index]
             able = gr.update(interactive=True)
-            return name, describe(settings.outputs / name), able, able
+            return name, describe(settings.outputs / name, settings), able, able
 
-        def fill(file: str | Path) -> list[Any]:
+        def fill(file: Path) -> list[Any]:
             """The form, with the settings of a picture."""
-            values = told_plainly(settings_of, Path(file), settings)
+            values, lost = settings_of(file, settings)
+            if lost:
+                text = html.escape("; ".join(lost), quote=False)
+                gr.Warning(text, duration=None, title="The next picture may differ")
             return [values.get(name, gr.skip()) for name in FIELDS]
 
         async def remove(name: str | None, limit: int) -> tuple[Any, ...]:
@@ -273,59 +381,123 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         delete.click(remove, [chosen, limit], [gallery, listed, chosen, facts, use, delete])
         dropped.change(
             lambda file: (
-                describe(Path(file)) if file else "",
+                describe(path_of(file), settings) if file else "",
                 gr.update(interactive=bool(file)),
             ),
             dropped,
             [dropped_facts, use_dropped],
         )
-        use_dropped.click(fill, dropped, form)
+        use_dropped.click(lambda file: fill(path_of(file)), dropped, form)
     return page
 
 
-def told_plainly(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; what it refuses is shown as a sentence, never as a trace."""
-    try:
-        return work(*arguments)
-    except (InvalidRequest, ValueError) as error:
-        text = str(error).splitlines()[0]
-        raise gr.Error(text, print_exception=False) from None
+def address(name: str) -> str:
+    """Where the server itself gives a finished picture out, as long as there is one."""
+    return f"/images/{name}"
+
+
+def plainly(
+    work: Callable[..., Coroutine[Any, Any, Any]], settings: Settings
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """The same work; what goes wrong in it is shown as a sentence, never as a trace."""
+
+    @functools.wraps(work)
+    async def told(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await work(*arguments, **options)
+        except Exception as error:
+            text = html.escape(sentence(error, settings), quote=False)  # it is shown as HTML
+            raise gr.Error(text, print_exception=False) from None
+
+    return told
+
+
+def sentence(error: Exception, settings: Settings) -> str:
+    """What people are told of an error. One that nobody expected goes into the log instead."""
+    match error:
+        case InvalidRequest():
+            return settings.told(str(error))
+        case QueueFull():
+            return "Too many jobs wait; try again soon"
+        case HTTPException():
+            return error.detail
+        case InvalidPathError():
+            return "Only files that were uploaded to this page are opened"
+        case gr.Error():  # Gradio's own, of numbers beyond their limits and the like
+            return str(error.message)
+        case ValueError():  # Gradio's, and it quotes what was sent; the log must not
+            stack = "".join(traceback.format_tb(error.__traceback__))
+            log.warning("the page got what is not understood: %s\n%s", type(error).__name__, stack)
+            return "This was not understood; load the page again"
+    log.error("the page failed", exc_info=error)
+    return "Something went wrong here; the log tells what"
 
 
 def read_form(
-    values: tuple[Any, ...], editor_value: Any
+    values: Sequence[Any], painted: Any, sent_mask: Any, settings: Settings
 ) -> tuple[Drawing, Image.Image | None, Image.Image | None]:
-    """What the form asks for, and the picture and the mask of the editor."""
+    """What the form asks for, and the picture and the mask to start from.
+
+    Args:
+        values: of the fields.
+        painted, sent_mask: the files of the editor, and that of a mask which goes before it.
+    """
     form = dict(zip(FIELDS, values, strict=True))
-    image, mask = read_editor(editor_value)
+    image, mask = read_editor(painted, settings)
+    if sent_mask is not None:
+        mask = opened(path_of(sent_mask), "mask_image", settings)
+        if image is None:
+            raise InvalidRequest("mask_image", "a mask", "goes with a picture; load one, too")
     seed = str(form["seed"] or "").strip()
     if seed and not seed.isdecimal():
         raise InvalidRequest("seed", seed, "a whole number, or nothing for a random one")
     weight = form.pop("lora_weight")
     form["loras"] = [LoraChoice(name=name, weight=weight) for name in form["loras"] or []]
     form["seed"] = int(seed) if seed else None
-    form["prompt"] = form["prompt"] or ""
-    for name in ("negative_prompt", "scheduler"):
-        form[name] = form[name] or None
+    form["negative_prompt"] = form["negative_prompt"] or None
+    form["scheduler"] = form["scheduler"] or None
     if image is None:
         form["strength"] = None
     else:  # the picture says its size
         form["width"] = form["height"] = None
-    for name in ("width", "height", "num_inference_steps", "num_images"):
-        form[name] = int(form[name]) if form[name] is not None else None
-    return checked(Drawing, form | {"previews": PREVIEWS}), image, mask
+    if mask is None:
+        form["mask_blur"] = None
+    given = {name: value for name, value in form.items() if value is not None}
+    drawing = checked(Drawing, {"prompt": "", "previews": PREVIEWS, **given})
+    return drawing, image, mask
 
 
-def read_editor(value: Any) -> tuple[Image.Image | None, Image.Image | None]:
+def read_editor(painted: Any, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
     """The picture in the editor, and a mask, white where it was painted on."""
-    background = value.get("background") if isinstance(value, dict) else None
-    if background is None:
+    if painted is None or painted.background is None:
         return None, None
-    mask = Image.new("L", background.size, 0)
-    for layer in value.get("layers") or ():
-        alpha = layer.convert("RGBA").getchannel("A").resize(background.size)
+    picture = opened(path_of(painted.background), "image", settings)
+    mask = Image.new("L", picture.size, 0)
+    for file in filter(None, painted.layers):
+        layer = opened(path_of(file), "mask_image", settings)
+        alpha = layer.convert("RGBA").getchannel("A").resize(picture.size)
         mask.paste(255, mask=alpha.point(lambda value: 255 if value > 0 else 0))
-    return background, mask if mask.getbbox() is not None else None
+    return picture, mask if mask.getbbox() is not None else None
+
+
+def path_of(sent: Any) -> Path:
+    """Where an upload is."""
+    if not sent.path:
+        raise InvalidRequest("picture", sent.url, "upload the file itself")
+    return Path(sent.path)
+
+
+def opened(file: Path, field: str, settings: Settings) -> Image.Image:
+    """A picture; one that is too large is refused by its header.
+
+    Raises:
+        InvalidRequest: it is gone, too large, or no picture.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError:
+        raise InvalidRequest(field, file.name, "it is not here any more; load it again") from None
+    return open_picture(data, field, settings)
 
 
 def how_it_goes(service: Service, state: JobState) -> str:
@@ -348,56 +520,93 @@ def how_it_goes(service: Service, state: JobState) -> str:
     return f"Step {progress.index} of {progress.total}{rest}"
 
 
-def describe(file: Path) -> str:
+def known_of(file: Path, settings: Settings) -> metadata.Picture:
+    """A picture with what it tells of itself; see `opened`."""
+    opened(file, "picture", settings)
+    return metadata.read(file)
+
+
+def describe(file: Path, settings: Settings) -> str:
     """What a picture tells of itself."""
     try:
-        text = metadata.read(file).infotext
+        text = known_of(file, settings).infotext
     except InvalidRequest as error:
         return str(error.hint)
     return text if text is not None else "It tells no settings."
 
 
-def settings_of(file: Path, settings: Settings) -> dict[str, Any]:
-    """The fields of the form that a picture tells.
+def settings_of(file: Path, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """The fields of the form that a picture tells, and what it tells that they cannot hold.
+
+    Our own record is exact; the infotext is all that pictures of others have.
 
     Raises:
         InvalidRequest: it tells none.
     """
-    text = metadata.read(file).infotext
-    found = metadata.parse_infotext(text or "")
-    if not found.fields:
-        raise InvalidRequest("picture", file.name, "it tells no settings")
-    here = lorafolder.names_there()
-    _, tags = lorafolder.take_tags([found.prompt])
-    known = {tag.name: tag.weight for tag in tags if tag.name in here}
-    prompt = found.prompt
-    for tag in tags:  # those that are here go into their own field
-        prompt = prompt.replace(tag.tag, "") if tag.name in here else prompt
-    values: dict[str, Any] = {
-        "prompt": prompt.strip(),
-        "negative_prompt": found.negative_prompt,
-        "loras": list(known),
+    picture = known_of(file, settings)
+    if picture.record is not None:
+        index, model = picture.record["index"], picture.record["model"]
+        request, lost = request_of_record(picture.record)
+    else:
+        found = metadata.parse_infotext(picture.infotext or "")
+        if not found.fields:
+            raise InvalidRequest("picture", file.name, "it tells no settings")
+        told = found.fields
+        index, model = 0, {"name": told.get("Model"), "hash": told.get("Model hash")}
+        request, lost = request_of_infotext(found)
+    values = fields_of(request, index)
+    name = str(model.get("name") or "")
+    here = settings.models().get(name)
+    if here is not None:
+        values["model"] = name
+    if here is None or model.get("hash") not in (None, here.hash()):
+        lost.append(f"the model {name}, which is not here" if name else "the model, not told")
+    if request.image is not None:
+        lost.append("the picture that it was made from: load it to start from it")
+    return values, lost
+
+
+def request_of_record(known: dict[str, Any]) -> tuple[Request, list[str]]:
+    """The request of a record of ours with the LoRAs that are here, and what of it is not."""
+    request = metadata.request_from_record(known, **stand_ins(*known["pictures"]))
+    told = {lora["name"]: lora["sha256"] for lora in known["request"].get("loras", ())}
+    there = lorafolder.names_there()
+    here = lorafolder.resolve([use for use in request.loras if use.name in there], {})
+    names = {use.name for use in here if use.sha256 == told[use.name]}
+    lost = [f"the LoRA {name}, which is not here" for name in told if name not in names]
+    return replace(request, loras=here), lost
+
+
+def request_of_infotext(found: metadata.Infotext) -> tuple[Request, list[str]]:
+    """The request of a picture of the WebUI, and what of it is not."""
+    edited = "Denoising strength" in found.fields
+    masked = edited and "Mask blur" in found.fields
+    kinds = [*["image"] * edited, *["mask_image"] * masked]
+    return metadata.request_from_infotext(found, **stand_ins(*kinds))
+
+
+def stand_ins(*kinds: str) -> dict[str, Any]:
+    """In place of the pictures that one was made from: without any, a request has no strength."""
+    return {kind: Image.new("RGB", (1, 1), "white") for kind in kinds}
+
+
+def fields_of(request: Request, index: int) -> dict[str, Any]:
+    """The fields of the form for picture `index` of a request."""
+    if not 0 <= index < len(request.prompt) * request.num_images:
+        raise InvalidRequest("picture", index, "its record is damaged")
+    k = index // request.num_images
+    told = {name: getattr(request, name) for name in SAME}
+    told |= {
+        "prompt": " ".join([request.prompt[k], *map(tag_of, request.loras)]),
+        "negative_prompt": request.negative_prompt[k] if request.negative_prompt else "",
+        "scheduler": request.scheduler or "",
+        "loras": [],
+        "seed": str(request.seed + index) if request.seed is not None else None,
     }
-    if known:
-        values["lora_weight"] = next(iter(known.values()))
-    for name, key, kind in (
-        ("num_inference_steps", "Steps", int),
-        ("guidance_scale", "CFG scale", float),
-        ("seed", "Seed", str),
-        ("strength", "Denoising strength", float),
-    ):
-        if key in found.fields:
-            values[name] = kind(found.fields[key])
-    width, _, height = found.fields.get("Size", "").partition("x")
-    if width.isdecimal() and height.isdecimal():
-        values |= {"width": int(width), "height": int(height)}
-    sampler = " ".join(
-        filter(None, (found.fields.get("Sampler"), found.fields.get("Schedule type")))
-    )
-    try:
-        values["scheduler"] = str(schedulers.parse(sampler))
-    except InvalidRequest:
-        values["scheduler"] = ""
-    if found.fields.get("Model") in settings.models():
-        values["model"] = found.fields["Model"]
-    return values
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def tag_of(use: LoraUse) -> str:
+    """A LoRA as prompts name it, its weights to the last digit."""
+    weights = dict.fromkeys((use.text_encoder_weight, use.weight))
+    return ":".join(["<lora", use.name, *(repr(w).removesuffix(".0") for w in weights)]) + ">"

@@ -181,6 +181,48 @@ def test_a_dropped_picture_fills_the_form(page, server, tmp_path):
     assert (request["scheduler"], request["negative_prompt"]) == ("euler_a", ["red"])
 
 
+def test_settings_between_the_marks_of_a_slider_survive_the_browser(page, server):
+    odd = {"scheduler": "ddim", "guidance_scale": 7.53, "eta": 0.123, "guidance_rescale": 0.7}
+    first = server.ended(server.submit(prompt="an odd one", seed=2**50 + 1, **odd))
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#gallery img").first.click()
+    page.click("#use-button")
+    page.get_by_role("tab", name="Draw").click()
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("an odd one")
+    second = draw(page, server, "an odd one")
+    assert second["request"] == first["request"]
+    one, other = (server.http.get(job["images"][0]["url"]).content for job in (first, second))
+    assert one == other
+
+
+def test_pictures_are_shown_and_saved_from_where_they_are(page, server):
+    job = draw(page, server)
+    shown = page.locator(f"#results img[src$='{job['images'][0]['url']}']").first
+    page.wait_for_function("document.querySelector('#results img').naturalWidth == 32")
+    shown.click()
+    with page.expect_download() as saved:
+        page.locator("#results [aria-label='Download']").first.click()
+    data = server.http.get(job["images"][0]["url"]).content
+    assert saved.value.path().read_bytes() == data
+    assert saved.value.suggested_filename == job["images"][0]["url"].rpartition("/")[2]
+
+
+def test_what_a_picture_tells_is_text(page, tmp_path):
+    text = "a cat\nSteps: 7, Sampler: Euler a, CFG scale: 4, Seed: 5, Clip skip: <b id=evil>2</b>"
+    data = metadata.encode(Image.new("RGB", (32, 32)), "PNG", text, None, 95)
+    (tmp_path / "dropped.png").write_bytes(data)
+    page.get_by_role("tab", name="Settings of a picture").click()
+    page.locator("#dropped input[type=file]").set_input_files(tmp_path / "dropped.png")
+    page.get_by_role("button", name="Use these settings").last.click()
+    page.get_by_text("Clip skip: <b id=evil>2</b>").wait_for()
+    assert page.locator("#evil").count() == 0
+    page.get_by_role("tab", name="Draw").click()
+    page.fill("#prompt textarea", "a <lora:<b id=evil>:1>")
+    page.click("#draw-button")
+    page.get_by_text("loras='<b id=evil': no LoRA").wait_for()
+    assert page.locator("#evil").count() == 0
+
+
 def test_wrong_input_is_told_in_a_sentence(page):
     page.click("#draw-button")
     page.get_by_text("say what to draw").wait_for()
