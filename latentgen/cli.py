@@ -108,6 +108,13 @@ Mask = Annotated[
     Path, typer.Argument(help="As large as the picture; white = repaint.", show_default=False)
 ]
 MaskBlur = Annotated[int, typer.Option(help="Soft edge inside the mask, in pixels.")]
+MaskCrop = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw only the part around the mask, with this margin in pixels.",
+        show_default="the whole picture",
+    ),
+]
 
 
 def _drawing_flags(
@@ -174,11 +181,13 @@ def inpaint(
     mask_image: Mask,
     strength: Strength = None,
     mask_blur: MaskBlur = 0,
+    padding_mask_crop: MaskCrop = None,
     **flags: Any,
 ) -> None:
     """Repaint the white part of a mask; every other pixel stays as it is."""
     flags |= {"strength": strength, "mask_blur": mask_blur}
-    _draw(prompt=prompt, image=image, mask_image=mask_image, **flags)
+    flags |= {"mask_image": mask_image, "padding_mask_crop": padding_mask_crop}
+    _draw(prompt=prompt, image=image, **flags)
 
 
 @app.command()

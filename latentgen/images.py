@@ -27,6 +27,7 @@ __all__ = [
     "load_mask",
     "picture_files",
     "read_pictures",
+    "region",
     "to_pil",
     "to_tensor",
 ]
@@ -82,25 +83,65 @@ def to_tensor(image: Image.Image) -> Tensor:
     return tensor if image.mode == "L" else 2.0 * tensor - 1.0
 
 
-def composite(original: Image.Image, painted: np.ndarray, mask: Image.Image, mask_blur: int):
+def region(mask: Image.Image, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
+    """The part of a picture that holds all of the mask's white, with a margin of `padding` pixels
+    and the proportions of `size` (width, height), as far as the picture reaches.
+
+    Returns:
+        left, upper, right, lower.
+    """
+    box = mask.getbbox()
+    assert box is not None, "masks that are all black are refused"
+    left, right = max(0, box[0] - padding), min(mask.width, box[2] + padding)
+    upper, lower = max(0, box[1] - padding), min(mask.height, box[3] + padding)
+    width = max(right - left, round((lower - upper) * size[0] / size[1]))
+    height = max(lower - upper, round((right - left) * size[1] / size[0]))
+    left, right = _widened(left, right, width, mask.width)
+    upper, lower = _widened(upper, lower, height, mask.height)
+    return left, upper, right, lower
+
+
+def _widened(low: int, high: int, length: int, end: int) -> tuple[int, int]:
+    """A span of that length around another, moved and cut to lie between 0 and `end`."""
+    length = min(length, end)
+    low = min(max(0, (low + high - length) // 2), end - length)
+    return low, low + length
+
+
+def composite(
+    original: Image.Image,
+    painted: np.ndarray,
+    mask: Image.Image,
+    mask_blur: int,
+    box: tuple[int, int, int, int],
+) -> np.ndarray:
     """Lay the repainted pixels over the original; outside the mask the original stays exactly.
 
     Args:
         original: RGB, H x W.
-        painted: (B, H, W, 3), float32 in [0, 1].
-        mask: "L", 0 or 255.
+        painted: (B, h, w, 3), float32 in [0, 1]; scaled to the box if it has another size.
+        mask: "L", 0 or 255, H x W.
         mask_blur: width in pixels of the soft edge, which lies inside the mask.
+        box: where in the original they belong: left, upper, right, lower.
 
     Returns:
         (B, H, W, 3), float32 in [0, 1].
     """
+    left, upper, right, lower = box
+    size = (right - left, lower - upper)
+    if painted.shape[2:0:-1] != size:
+        scaled = [picture.resize(size, Image.Resampling.LANCZOS) for picture in to_pil(painted)]
+        painted = np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in scaled])
     alpha = np.asarray(mask, dtype=np.float32) / 255
     if mask_blur:
         soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask_blur)), dtype=np.float32) / 255
         alpha *= (2 * soft - 1).clip(0, 1)  # a straight edge has 0.5 under the blur
-    alpha = alpha[None, :, :, None]
-    below = np.asarray(original, dtype=np.float32)[None] / 255
-    return alpha * painted + (1 - alpha) * below  # exact where alpha is 0 or 1
+    alpha = alpha[upper:lower, left:right, None]
+    whole = np.asarray(original, dtype=np.float32) / 255
+    pixels = np.repeat(whole[None], len(painted), axis=0)
+    below = pixels[:, upper:lower, left:right]
+    below[:] = alpha * painted + (1 - alpha) * below  # exact where alpha is 0 or 1
+    return pixels
 
 
 def to_pil(pixels: np.ndarray) -> list[Image.Image]:

@@ -64,6 +64,7 @@ QUALITY = 95  # of the formats that lose detail
 _EXIF, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x927C, 0x9286
 _UNICODE = b"UNICODE\0"
 _PICTURES = ("image", "mask_image")
+_OF_MASKS = ("mask_blur", "padding_mask_crop")
 _NOT_RECORDED = {*_PICTURES, "output_type", "loras"}  # the LoRAs in their own way
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -181,6 +182,8 @@ def infotext(result: Result, k: int) -> str:
         "Model": result.model.name,
         "Denoising strength": request.strength and f"{request.strength:g}",
         "Mask blur": request.mask_blur or None,
+        "Inpaint area": None if request.padding_mask_crop is None else "Only masked",
+        "Masked area padding": request.padding_mask_crop,
         "Lora hashes": ", ".join(f"{use.name}: {use.webui_hash}" for use in request.loras) or None,
         "TI hashes": result.settings.get("embeddings"),
         "RNG": "CPU",
@@ -354,12 +357,13 @@ def request_from_infotext(
         "seed": ("Seed", int),
         "strength": ("Denoising strength", float),
         "mask_blur": ("Mask blur", int),
+        "padding_mask_crop": ("Masked area padding", int),
     }.items():
         if key in left:
             value = left.pop(key)
             try:
                 options[name] = kind(value)
-                if name not in ("strength", "mask_blur"):
+                if name not in ("strength", *_OF_MASKS):
                     Request(prompt="x", **{name: options[name]})
             except ValueError:  # also an InvalidRequest
                 options.pop(name, None)
@@ -369,8 +373,9 @@ def request_from_infotext(
     if "strength" in options and pictures.get("image") is None:
         notes.append("it was made from another picture (give it with --image)")
         options.pop("strength")
-    if "mask_blur" in options and pictures.get("mask_image") is None:
-        options.pop("mask_blur")
+    if pictures.get("mask_image") is None:
+        for name in _OF_MASKS:
+            options.pop(name, None)
     if size := re.fullmatch(r"(\d+)x(\d+)", left.pop("Size", "")):
         options |= {"width": int(size[1]), "height": int(size[2])}
     else:
@@ -383,7 +388,7 @@ def request_from_infotext(
             notes.append(f"the sampler {name!r} is not known here; the model's own is used")
     if left.pop("RNG", None) != "CPU":
         notes.append("its noise was drawn on a GPU, or by another program")
-    for key in ("Model", "Model hash", "Version"):
+    for key in ("Model", "Model hash", "Version", "Inpaint area"):
         left.pop(key, None)
     if re.search(r"(?<!\\)[(\[<]", prompt):
         notes.append("weights and <...> in its prompt are read as plain text")

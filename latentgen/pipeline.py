@@ -386,7 +386,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             image: a PIL image, an array or a path.
             mask_image: the same size as `image`; white = repaint.
             options: as for `generate`; `strength` (default 1: the repainted part starts from pure
-                noise); `mask_blur`, the width in pixels of a soft edge inside the mask.
+                noise); `mask_blur`, the width in pixels of a soft edge inside the mask;
+                `padding_mask_crop`, to draw only the part around the mask, with that margin.
         """
         pictures = {"image": _given("image", image), "mask_image": _given("mask_image", mask_image)}
         return _last(self.stream(prompt, **pictures, **options))
@@ -558,8 +559,10 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             noise = latents.draw_noise(generators, shape, like)
             return scheduler.add_noise(encoded.to(like), noise, timesteps[:1]), None, None
 
-        picture = images.to_tensor(request.image)
-        pixel_mask = images.to_tensor(request.mask_image)
+        size, box = (request.width, request.height), request.box
+        picture = images.to_tensor(request.image.resize(size, Image.Resampling.LANCZOS, box))
+        grey = request.mask_image.resize(size, Image.Resampling.BOX, box)
+        pixel_mask = images.to_tensor(grey.point(lambda value: 255 if value else 0))
         mask = latent_mask(pixel_mask, *shape[1:]).to(like)
         original: Tensor | None = None
         if not self.model.sees_mask or request.strength != 1.0:
@@ -585,7 +588,9 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         pixels = latents.decode(self.vae, finished)  # (B, 3, H, W)
         array = pixels.permute(0, 2, 3, 1).cpu().numpy()
         if request.mode == "inpaint":
-            array = images.composite(request.image, array, request.mask_image, request.mask_blur)
+            array = images.composite(
+                request.image, array, request.mask_image, request.mask_blur, request.box
+            )
         match request.output_type:
             case "pil":
                 return images.to_pil(array)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from . import lorafolder, schedulers
 from .errors import InvalidRequest
-from .images import load_image, load_mask
+from .images import load_image, load_mask, region
 from .lorafolder import LoraUse
 from .modelfolder import Model
 
@@ -70,6 +70,7 @@ class InpaintOptions(EditOptions, total=False):
     """Those of inpainting."""
 
     mask_blur: int
+    padding_mask_crop: int | None
 
 
 class StreamOptions(Options, total=False):
@@ -79,6 +80,7 @@ class StreamOptions(Options, total=False):
     mask_image: Any
     strength: float | None
     mask_blur: int
+    padding_mask_crop: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,8 @@ class Request:
         scheduler: a name that `latentgen.schedulers.parse` understands; None: the model's own.
         seed: picture i is drawn from `seed + i`; None draws one.
         num_images: pictures for each prompt.
-        height, width: in pixels; an input picture of another size is resized to it.
+        height, width: in pixels; an input picture of another size is resized to it, unless only a
+            part of it is drawn (`padding_mask_crop`).
         eta: 0 to 1, DDIM's randomness (arXiv 2010.02502); for ddim and tcd.
         guidance_rescale: 0 to 1, arXiv 2305.08891, section 3.4.
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
@@ -103,6 +106,9 @@ class Request:
         mask_image: white = repaint; needs `image` and makes it inpainting.
         strength: 0 to 1, how much of the schedule to run: `int(num_inference_steps * strength)`.
         mask_blur: width in pixels of a soft edge inside the mask.
+        padding_mask_crop: draw only the part of the picture around the mask, with this margin in
+            pixels, at `height` x `width`, and put it back in its place; the picture keeps its size.
+            None: the whole picture is drawn.
     """
 
     prompt: str | Sequence[str]
@@ -122,6 +128,7 @@ class Request:
     mask_image: Any = field(default=None, repr=False)
     strength: float | None = None
     mask_blur: int = 0
+    padding_mask_crop: int | None = None
 
     def __post_init__(self) -> None:
         prompts, tags = lorafolder.take_tags(_texts("prompt", self.prompt))
@@ -153,6 +160,7 @@ class Request:
         self._integer("height", 1, MAX_SIDE)
         self._integer("width", 1, MAX_SIDE)
         self._integer("mask_blur", 0, 256)
+        self._integer("padding_mask_crop", 0, MAX_SIDE)
         self._number("guidance_scale", 1, 1000)
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
@@ -186,8 +194,9 @@ class Request:
         else:
             self._set("image", load_image(self.image))
         if self.mask_image is None:
-            if self.mask_blur:
-                raise InvalidRequest("mask_blur", self.mask_blur, "goes with a mask_image")
+            for name in ("mask_blur", "padding_mask_crop"):
+                if (value := getattr(self, name)) != getattr(Request, name):
+                    raise InvalidRequest(name, value, "goes with a mask_image")
             return
         self._set("mask_image", load_mask(self.mask_image))
         if self.mask_image.size != self.image.size:
@@ -216,13 +225,14 @@ class Request:
                 chosen[name] = getattr(model, name)
         if self.seed is None:
             chosen["seed"] = secrets.randbelow(2**32)
-        size = (model.width, model.height) if self.image is None else self.image.size
+        whole = self.image is not None and self.padding_mask_crop is None
+        size = self.image.size if whole else (model.width, model.height)
         width = self.width if self.width is not None else size[0]
         height = self.height if self.height is not None else size[1]
         for name, value in (("height", height), ("width", width)):
             _check_side(name, value, model.vae_scale_factor)
         chosen |= {"width": width, "height": height}
-        if self.image is not None and self.image.size != (width, height):
+        if whole and self.image.size != (width, height):
             chosen["image"] = self.image.resize((width, height), Image.Resampling.LANCZOS)
             if self.mask_image is not None:
                 nearest = Image.Resampling.NEAREST
@@ -307,6 +317,13 @@ class ResolvedRequest(Request):
         """How many steps of the schedule a resolved request runs."""
         strength = 1.0 if self.strength is None else self.strength
         return int(self.num_inference_steps * strength)
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The part of `image` that is drawn: left, upper, right, lower, in pixels."""
+        if self.padding_mask_crop is None:
+            return (0, 0, *self.image.size)
+        return region(self.mask_image, (self.width, self.height), self.padding_mask_crop)
 
     @property
     def seeds(self) -> list[int]:

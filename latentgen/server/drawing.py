@@ -92,6 +92,11 @@ class Drawing(BaseModel):
         default=None, ge=0, le=1, description="of img2img and inpainting"
     )
     mask_blur: int = Field(default=0, ge=0, description="pixels of a soft edge inside the mask")
+    padding_mask_crop: int | None = Field(
+        default=None,
+        ge=0,
+        description="draw only the part around the mask, with this margin in pixels",
+    )
     output_format: Literal["png", "jpeg", "webp", "avif"] = "png"
     quality: Annotated[int, Field(ge=1, le=100)] = metadata.QUALITY
     previews: int = Field(default=0, ge=0, le=MAX_PREVIEWS, description="sent while it is drawn")

@@ -75,6 +75,7 @@ FIELDS = (
     "lora_weight",
     "strength",
     "mask_blur",
+    "padding_mask_crop",
     "eta",
     "guidance_rescale",
     "output_format",
@@ -215,6 +216,14 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     mask_blur = gr.Number(
                         0, label="Soft edge of the mask, in pixels", precision=0, minimum=0
                     )
+                    mask_crop = gr.Number(
+                        None,
+                        label="Draw only the part around the mask, with a margin in pixels",
+                        placeholder="the whole picture is drawn",
+                        precision=0,
+                        minimum=0,
+                        elem_id="mask-crop",
+                    )
                 with gr.Accordion("Settings", open=False):
                     model = gr.Dropdown(list(models), value=usual.name, label="Model")
                     scheduler = gr.Dropdown(
@@ -295,6 +304,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             lora_weight,
             strength,
             mask_blur,
+            mask_crop,
             eta,
             rescale,
             format,
@@ -461,7 +471,7 @@ def read_form(
     else:  # the picture says its size
         form["width"] = form["height"] = None
     if mask is None:
-        form["mask_blur"] = None
+        form["mask_blur"] = form["padding_mask_crop"] = None
     given = {name: value for name, value in form.items() if value is not None}
     drawing = checked(Drawing, {"prompt": "", "previews": PREVIEWS, **given})
     return drawing, image, mask
@@ -580,7 +590,7 @@ def request_of_record(known: dict[str, Any]) -> tuple[Request, list[str]]:
 def request_of_infotext(found: metadata.Infotext) -> tuple[Request, list[str]]:
     """The request of a picture of the WebUI, and what of it is not."""
     edited = "Denoising strength" in found.fields
-    masked = edited and "Mask blur" in found.fields
+    masked = edited and bool({"Mask blur", "Inpaint area"} & found.fields.keys())
     kinds = [*["image"] * edited, *["mask_image"] * masked]
     return metadata.request_from_infotext(found, **stand_ins(*kinds))
 
@@ -603,7 +613,8 @@ def fields_of(request: Request, index: int) -> dict[str, Any]:
         "loras": [],
         "seed": str(request.seed + index) if request.seed is not None else None,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    known = {name: value for name, value in told.items() if value is not None}
+    return known | {"padding_mask_crop": request.padding_mask_crop}  # None: the whole picture
 
 
 def tag_of(use: LoraUse) -> str:

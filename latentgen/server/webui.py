@@ -10,8 +10,6 @@ and refiners are such fields. Differences that are told rather than hidden:
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
-- the whole picture is drawn, so `inpaint_full_res` changes nothing while sizes are those of the
-  picture and `inpaint_full_res_padding` is 0; otherwise it must be false
 """
 
 from __future__ import annotations
@@ -93,6 +91,7 @@ NAMES = {  # of our fields, in this API
     "num_images": "batch_size",
     "image": "init_images",
     "mask_image": "mask",
+    "padding_mask_crop": "inpaint_full_res_padding",
     "strength": "denoising_strength",
     "scheduler": "sampler_name",
     "model": "sd_model_checkpoint",
@@ -138,7 +137,7 @@ class ImageToImage(TextToImage):
     mask_blur_y: int | None = 4
     inpainting_fill: int | None = Field(0, ge=0, le=3)
     inpaint_full_res: bool | int | None = True
-    inpaint_full_res_padding: int | None = 0
+    inpaint_full_res_padding: int | None = Field(0, ge=0)
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
     include_init_images: bool = False
 
@@ -170,9 +169,8 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
     more: dict[str, Any] = {"strength": asked.denoising_strength}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
-        if asked.inpaint_full_res and asked.inpaint_full_res_padding:
-            hint = "the whole picture is drawn here: 0, or inpaint_full_res false"
-            raise InvalidRequest("inpaint_full_res_padding", asked.inpaint_full_res_padding, hint)
+        if _only_masked(asked):
+            more["padding_mask_crop"] = _or(asked.inpaint_full_res_padding, 0)
     wanted = drawing.model_copy(update=more)
     return await _answer(service, request, asked, wanted, image, mask)
 
@@ -268,7 +266,7 @@ def _refuse_the_rest(asked: TextToImage) -> None:
 
 
 def _pictures(asked: ImageToImage, settings: Settings) -> tuple[Image.Image, Image.Image | None]:
-    """What it starts from and what is repainted of it, both of the size asked for."""
+    """What it starts from and what is repainted of it, both of the size that the answer has."""
     assert asked.init_images
     image = decode_picture(asked.init_images[0], "init_images", settings)
     image, mask = load_image(image, "init_images"), None
@@ -327,16 +325,18 @@ def around(image: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(image, filled.convert("RGB"), kept)
 
 
+def _only_masked(asked: ImageToImage) -> bool:
+    """Whether only the part around the mask is drawn, at the size asked for."""
+    return bool(_or(asked.inpaint_full_res, True))
+
+
 def _resized(
     image: Image.Image, mask: Image.Image | None, asked: ImageToImage
 ) -> tuple[Image.Image, Image.Image | None]:
     """Picture and mask at the size asked for: stretched (0) or covering it (1)."""
     size = (_or(asked.width, 512), _or(asked.height, 512))
-    if image.size == size:
+    if image.size == size or (mask is not None and _only_masked(asked)):
         return image, mask
-    if mask is not None and asked.inpaint_full_res:
-        hint = f"give the size of the picture ({image.width} x {image.height}), or set it to false"
-        raise InvalidRequest("inpaint_full_res", True, hint)
     mode = _or(asked.resize_mode, 0)
     if mode not in (0, 1):
         raise InvalidRequest("resize_mode", mode, "0 (stretch) and 1 (crop) work here")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen.images import composite, to_pil
+from latentgen.images import composite, region, to_pil
 
 
 def random_mask(rng, height, width):
@@ -34,7 +34,8 @@ def test_a_thousand_masks_keep_every_byte_outside():
         original, mask = random_picture(rng, height, width), random_mask(rng, height, width)
         painted = rng.random((2, height, width, 3), dtype=np.float32)
         soft_edge = int(rng.integers(0, 9))
-        for image in to_pil(composite(original, painted, mask, soft_edge)):
+        box = (0, 0, width, height)
+        for image in to_pil(composite(original, painted, mask, soft_edge, box)):
             outside = np.asarray(mask) == 0
             np.testing.assert_array_equal(np.asarray(image)[outside], np.asarray(original)[outside])
 
@@ -44,7 +45,7 @@ def test_without_a_soft_edge_every_byte_inside_is_the_painted_one():
     for _ in range(100):
         original, mask = random_picture(rng, 24, 16), random_mask(rng, 24, 16)
         painted = rng.random((1, 24, 16, 3), dtype=np.float32)
-        [image] = to_pil(composite(original, painted, mask, 0))
+        [image] = to_pil(composite(original, painted, mask, 0, (0, 0, 16, 24)))
         inside = np.asarray(mask) == 255
         [expected] = to_pil(painted)
         np.testing.assert_array_equal(np.asarray(image)[inside], np.asarray(expected)[inside])
@@ -55,7 +56,7 @@ def test_a_soft_edge_rises_from_the_border_into_the_mask():
     pixels[:, 30:] = 255
     mask = Image.fromarray(np.repeat(pixels, 8, axis=0))
     black, white = Image.new("RGB", mask.size), np.ones((1, 8, 80, 3), dtype=np.float32)
-    row = composite(black, white, mask, 5)[0, 4, :, 0]
+    row = composite(black, white, mask, 5, (0, 0, 80, 8))[0, 4, :, 0]
     assert (row[:30] == 0).all()
     assert (np.diff(row[30:]) >= 0).all()
     assert row[30] < 0.2
@@ -79,6 +80,51 @@ def test_the_whole_pipeline_keeps_every_byte_outside(pipe, trial):
     outside = np.asarray(mask) == 0
     assert result.image.size == original.size
     np.testing.assert_array_equal(np.asarray(result.image)[outside], np.asarray(original)[outside])
+
+
+def test_a_part_of_a_picture_holds_the_mask_in_the_proportions_that_are_drawn():
+    rng = np.random.default_rng(4)
+    for _ in range(1000):
+        height, width = rng.integers(2, 48, 2)
+        mask = random_mask(rng, height, width)
+        size = tuple(int(side) for side in 8 * rng.integers(1, 9, 2))
+        padding = int(rng.integers(0, 20))
+        left, upper, right, lower = region(mask, size, padding)
+        assert 0 <= left < right <= width
+        assert 0 <= upper < lower <= height
+        assert not np.delete(np.asarray(mask), np.s_[upper:lower], axis=0).any()
+        assert not np.delete(np.asarray(mask), np.s_[left:right], axis=1).any()
+        rows, columns = np.nonzero(np.asarray(mask))
+        assert left <= max(0, columns.min() - padding)
+        assert lower >= min(height, rows.max() + 1 + padding)
+        if right - left < width and lower - upper < height:
+            unlike = abs((right - left) / size[0] - (lower - upper) / size[1])
+            assert unlike * min(size) < 0.51  # of a pixel: rounding
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_drawing_only_around_the_mask_keeps_every_byte_outside(pipe, trial):
+    rng = np.random.default_rng(200 + trial)
+    height, width = rng.integers(9, 90, 2)  # also sizes that no model draws
+    original, mask = random_picture(rng, height, width), random_mask(rng, height, width)
+    options = {"num_inference_steps": 2, "strength": float(rng.choice([0.5, 1.0])), "seed": trial}
+    result = pipe.inpaint("a lemon", original, mask, padding_mask_crop=trial, **options)
+    outside = np.asarray(mask) == 0
+    assert result.image.size == original.size
+    changed = (np.asarray(result.image) != np.asarray(original)).any(axis=2)
+    assert not changed[outside].any()
+    assert changed[~outside].mean() > 0.8
+
+
+def test_what_is_drawn_around_a_mask_is_the_part_drawn_alone(pipe):
+    rng = np.random.default_rng(5)
+    original, mask = random_picture(rng, 70, 90), Image.new("L", (90, 70))
+    mask.paste(255, (20, 10, 40, 30))
+    found = pipe.inpaint("a lemon", original, mask, seed=3, padding_mask_crop=6)
+    box = (14, 4, 46, 36)  # with the margin 32 x 32, as the model draws: nothing is scaled
+    alone = pipe.inpaint("a lemon", original.crop(box), mask.crop(box), seed=3)
+    assert found.image.crop(box) == alone.image
+    assert (found.request.width, found.request.height) == (32, 32)
 
 
 @pytest.mark.parametrize("where", [(0, 0), (3, 9), (31, 31), (17, 4)])

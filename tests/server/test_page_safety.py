@@ -43,6 +43,7 @@ FORM = {
     "lora_weight": 1,
     "strength": 0.8,
     "mask_blur": 0,
+    "padding_mask_crop": None,
     "eta": 0,
     "guidance_rescale": 0,
     "output_format": "png",
@@ -302,7 +303,8 @@ def used(server, settings, job: dict) -> tuple[dict, list[str]]:
     """What the form asks for after "Use these settings" of a job's picture, and what it lacks."""
     picture = server.home / "outputs" / job["images"][0]["url"].removeprefix("/images/")
     values, lost = page.settings_of(picture, settings)
-    form = FORM | {"num_inference_steps": 20, "eta": 0.5, "mask_blur": 3} | values
+    form = FORM | {"num_inference_steps": 20, "eta": 0.5, "mask_blur": 3, "padding_mask_crop": 9}
+    form |= values
     drawing, _, _ = page.read_form(list(form.values()), None, None, settings)
     asked = drawing.model_dump(exclude_none=True)
     return asked | {"steps": asked.pop("num_inference_steps")}, lost

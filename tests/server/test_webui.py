@@ -102,6 +102,12 @@ def test_img2img_and_inpainting(server, picture, mask):
         seen.add(drawn.tobytes())
     assert len(seen) == 4
     larger = asked | {"width": 48, "height": 32}
+    masked = larger | {"mask": encoded(mask), "inpaint_full_res_padding": 3}
+    part = post(server, "img2img", **masked)
+    assert decoded(part["images"][0]).size == picture.size
+    assert "Inpaint area: Only masked, Masked area padding: 3" in part["info"]
+    whole = post(server, "img2img", **(masked | {"inpaint_full_res": False}))
+    assert decoded(whole["images"][0]).size == (48, 32)
     for mode in (0, 1):
         answer = post(server, "img2img", **(larger | {"resize_mode": mode}))
         assert decoded(answer["images"][0]).size == (48, 32)
@@ -147,7 +153,7 @@ def test_what_cannot_be_done_is_named(server, name, value):
         ({"init_images": ["x"] * 2}, 400, "one picture"),
         ({"mask": "x"}, 400, "mask"),
         ({"mask": WHITE, "inpainting_fill": 2}, 400, "inpainting_fill"),
-        ({"mask": WHITE, "inpaint_full_res_padding": 32}, 400, "inpaint_full_res_padding"),
+        ({"mask": WHITE, "inpaint_full_res_padding": -1}, 400, "inpaint_full_res_padding"),
         ({"resize_mode": 3, "width": 64}, 400, "resize_mode"),
     ],
 )

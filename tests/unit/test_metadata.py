@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from latentgen import InvalidRequest, metadata
-from latentgen.metadata import parse_infotext, request_from_infotext
+from latentgen.metadata import (
+    infotext,
+    parse_infotext,
+    record,
+    request_from_infotext,
+    request_from_record,
+)
 from latentgen.modelfolder import Model
 from latentgen.pipeline import Result
 from latentgen.request import Request
@@ -86,6 +92,19 @@ def test_an_infotext_of_the_webui_is_understood():
     for lost in ("Clip skip: 2", "Lora hashes: fruit", "weights", "noise"):
         assert lost in told
     assert "Steps" not in told
+
+
+def test_only_masked_means_the_same_here_and_there(pipe, picture, mask):
+    options = {"num_inference_steps": 2, "seed": 1, "strength": 0.5, "mask_blur": 2}
+    result = pipe.inpaint("a lemon", picture, mask, padding_mask_crop=7, **options)
+    text = infotext(result, 0)
+    assert "Mask blur: 2, Inpaint area: Only masked, Masked area padding: 7," in text
+    given = {"image": picture, "mask_image": mask}
+    request, notes = request_from_infotext(parse_infotext(text), **given)
+    assert (request.padding_mask_crop, request.mask_blur, request.strength) == (7, 2, 0.5)
+    assert "Inpaint area" not in " ".join(notes)
+    again = request_from_record(record(result, 0), **given)
+    assert pipe.resolve(again) == result.request
 
 
 def test_what_the_webui_says_in_values_that_hold_commas_survives(result):

@@ -71,6 +71,8 @@ REFUSED = [  # field, arguments
     ("mask_blur", {"mask_blur": 4}),
     ("mask_blur", {"mask_blur": 4, "image": PICTURE}),
     ("mask_blur", {"mask_blur": -1, "image": PICTURE, "mask_image": WHITE}),
+    ("padding_mask_crop", {"padding_mask_crop": 0, "image": PICTURE}),
+    ("padding_mask_crop", {"padding_mask_crop": -1, "image": PICTURE, "mask_image": WHITE}),
     ("strength", {"image": PICTURE, "strength": NAN}),
     ("strength", {"image": PICTURE, "strength": 1.01}),
     ("strength", {"image": PICTURE, "strength": -0.1}),
