@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def fine_tune(
     """Check, tell, train, export.
 
     Args:
-        prepare: gives a picture the captions that it is trained with.
+        prepare: gives a picture the captions that it is trained with; those of the class have
+            theirs.
         prior: pictures of the class to train on as well; those that are missing are drawn.
 
     Raises:
@@ -104,7 +106,7 @@ def fine_tune(
     check_start(config)
     tokenizer = load_tokenizer(found)
     empty = _without_memory(config, method, found, tokenizer)
-    pictures = [prepare(picture) for picture in read_pictures(config)]
+    pictures = [one if one.is_reg else prepare(one) for one in read_pictures(config)]
     unseen = None
     if config.validation_data_dir is not None:
         unseen = [prepare(picture) for picture in read_folder(config.validation_data_dir)]
@@ -298,12 +300,10 @@ class Task:
 
     def _captions(self, text_encoder_learns: bool) -> Captions:
         pictures = [*self.lesson.instances, *self.lesson.unseen, *self.lesson.classes]
-        encoders = self.encoders
         if text_encoder_learns:
-            return Captions(pictures, encoders.token_ids)
-        key = f"{self.lesson.fingerprint} {encoders.text_key}"
-        folder = self.config.output_dir
-        return Captions(pictures, lambda texts: cached(folder, key, lambda: encoders.states(texts)))
+            return Captions(pictures, self.encoders.token_ids)
+        states = partial(self.encoders.cached_states, output_dir=self.config.output_dir)
+        return Captions(pictures, states)
 
 
 class Latents:

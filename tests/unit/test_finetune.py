@@ -357,6 +357,16 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "pictures"]
 
 
+def test_cached_states_are_those_of_these_texts_in_this_order(model, tmp_path):
+    pipe = LatentDiffusion.from_pretrained(model)
+    encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    for texts in (["a", "b", "c"], ["a", "c", "b"], ["a", "b"]):
+        found = encoders.cached_states(texts, tmp_path)
+        assert torch.equal(found, encoders.states(texts))
+        assert torch.equal(found, encoders.cached_states(texts, tmp_path))
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
 # The objective.
 
 
@@ -605,6 +615,13 @@ def test_pivotal_tuning_learns_both(folder, model, tmp_path):
     file = train_lora(model, folder, tmp_path / "out", placeholder_token="<x>", embedding_lr=1.0)
     (vectors,) = load_file(tmp_path / "out" / "embeddings" / "out.safetensors").values()
     assert vectors.abs().max() > 1  # it moved at its own rate
+    draw_pictures(tmp_path / "class", 2, size=(40, 40))
+    (tmp_path / "set.toml").write_text(
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\ncaption_extension = '.txt'\n"
+        "[[datasets.subsets]]\nimage_dir = 'class'\ncaption_extension = '.txt'\nis_reg = true\n"
+    )  # pictures of the class show what does not have the word
+    flags = {"dataset_config": tmp_path / "set.toml", "placeholder_token": "<x>"}
+    train_lora(model, None, tmp_path / "class-too", dry_run=True, **flags)
     (folder / "red.txt").write_text("a dot like another")
     with pytest.raises(DataError, match=r"red\.png: its caption does not hold <x>"):
         train_lora(model, folder, tmp_path / "silent", placeholder_token="<x>")
