@@ -120,7 +120,9 @@ FREE_TO_CHANGE = frozenset(
         "validation_prompts",
         "output_name",
         "lora_layout",
-        # where the pictures are; what they are is compared by their fingerprint
+        # where the pictures are and what may be wrong with them; what they are is compared by
+        # their fingerprint
+        "allow",
         "train_data_dir",
         "metadata_file",
         "validation_data_dir",

@@ -28,7 +28,14 @@ from latentgen.training.finetune import Latents
 from latentgen.training.lesson import Lesson
 from latentgen.training.loop import new_state
 from latentgen.training.methods import LoraConfigFlags, WordEmbedding
-from latentgen.training.pictures import Picture, kohya_flags, read_kohya, shuffled, with_masks
+from latentgen.training.pictures import (
+    Picture,
+    kohya_flags,
+    read_dataset,
+    read_kohya,
+    shuffled,
+    with_masks,
+)
 
 SCRIPTS = Path(__file__).parents[2] / "training"
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -173,6 +180,13 @@ def test_a_kohya_file_is_read_whole(tmp_path):
         ("num_repeats = 2", "no image_dir"),
         ("image_dir = 'things'\nmetadata_file = 'all.json'", "metadata_file"),
         ("image_dir = 'things'\nis_reg = true\nflip_aug = true", "no flips and no masks"),
+        ("image_dir = 3", r"set\.toml: image_dir must be a text; it is 3"),
+        ("image_dir = 'things'\nnum_repeats = '2'", "num_repeats must be a whole number, 1 or"),
+        ("image_dir = 'things'\nnum_repeats = 0", "num_repeats must .* it is 0"),
+        ("image_dir = 'things'\nnum_repeats = 1.5", "num_repeats must .* it is 1.5"),
+        ("image_dir = 'things'\nkeep_tokens = true", "keep_tokens must .* it is True"),
+        ("image_dir = 'things'\nflip_aug = 'yes'", "flip_aug must be true or false"),
+        ("image_dir = 'things'\ncaption_dropout_rate = '0.1'", "must be a number"),
     ]:
         file.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{wrong}\n")
         with pytest.raises(DataError, match=told):
@@ -216,6 +230,31 @@ def test_a_dataset_of_hugging_face_is_read(tmp_path, model):
         train_lora(
             model, None, tmp_path / "b", dataset_name=tmp_path / "saved", caption_column="caption"
         )
+
+
+def test_another_dataset_in_the_same_folder_has_its_own_pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for number, shade in enumerate((10, 200)):
+        rows = {"image": [Image.new("RGB", (8, 8), (shade, 0, 0))], "text": ["a"]}
+        saved = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        saved.save_to_disk(str(tmp_path / str(number)))
+        (picture,) = read_dataset(str(tmp_path / str(number)), "image", "text", tmp_path / "out")
+        assert Image.open(picture.file).getpixel((0, 0)) == (shade, 0, 0)
+
+
+def test_a_bad_row_of_a_dataset_is_named(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = (folder / "red.png").read_bytes()
+    for name, image, texts, told in [
+        ("number", whole, [[1], [2]], r"row 0 has \[1\] in 'text'; it must be a text"),
+        ("torn", whole[:70], ["a", "b"], "the picture of row 1 cannot be read"),
+        ("none", None, ["a", "b"], "row 1 has no picture in 'image'"),
+    ]:
+        images = [{"bytes": one, "path": None} if one else None for one in (whole, image)]
+        rows = datasets.Dataset.from_dict({"image": images, "text": texts})
+        rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / name))
+        with pytest.raises(DataError, match=told):
+            read_dataset(str(tmp_path / name), "image", "text", tmp_path / "out")
 
 
 def one_black_mask(folder: Path) -> None:
@@ -280,6 +319,11 @@ BROKEN = {
         {},
         r"2 missing.*\n.*gone\.png",
     ),
+    "unlisted": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a"}'),
+        {},
+        r"5 not listed in metadata\.jsonl; --allow unlisted: left out:\n.*black\.png",
+    ),
     "resolution": (lambda f: None, {"resolution": 44}, "44 is no multiple of 8"),
     "too many held out": (lambda f: None, {"num_held_out": 6}, "leave none to train on"),
 }
@@ -320,6 +364,22 @@ def test_problems_may_be_allowed_by_name(folder, model, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "1 without a caption, trained on with the empty caption" in told
     assert "5 pictures" in told
+
+
+def test_pictures_that_the_listing_leaves_out_may_be_allowed(folder, model, tmp_path, capsys):
+    """And masks in a folder inside that of the pictures are no pictures."""
+    listing = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS[:4]]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, listing)))
+    (folder / "masks").mkdir()
+    Image.new("L", (32, 32), 255).save(folder / "masks" / "red.png")
+    flags = {"allow": ["unlisted"], "mask_data_dir": folder / "masks", "dry_run": True}
+    train_lora(model, folder, tmp_path / "out", **flags)
+    told = capsys.readouterr().out
+    assert "2 not listed in metadata.jsonl, left out" in told
+    assert "4 pictures" in told
+    assert "1 with a loss mask" in told
+    (folder / "metadata.jsonl").rename(folder / "some.jsonl")
+    train_lora(model, folder, tmp_path / "out", metadata_file="some.jsonl", dry_run=True)
 
 
 def test_a_dry_run_tells_and_leaves_nothing(folder, model, tmp_path, capsys, monkeypatch):

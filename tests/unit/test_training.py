@@ -233,6 +233,15 @@ def test_a_folder_is_read_by_its_listing_or_by_text_files(tmp_path):
     found = read_folder(tmp_path)
     assert [p.captions for p in found] == [("two", "2"), ("x",)]
     assert found[1].file == tmp_path / "a" / "one.png"
+    assert all(picture.listed for picture in found)
+    draw(tmp_path / "three.png", 30)
+    found = read_folder(tmp_path)
+    assert [(p.file.name, p.listed) for p in found[2:]] == [("three.png", False)]
+    with pytest.raises(DataError, match=r"1 not listed in metadata\.jsonl.*\n.*three\.png"):
+        check_pictures(found)
+    assert len(check_pictures(found, allow=["unlisted"]).pictures) == 2
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "two.jsonl")
+    assert len(read_folder(tmp_path, "two.jsonl")) == 2  # a choice that was made
 
 
 @pytest.mark.parametrize(
