@@ -114,6 +114,14 @@ class Model:
             return self.path
         return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
 
+    def hashes(self) -> list[str]:
+        """Of all files of weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
+        folder = self.path if self.path is not None else Path()
+        files = [
+            file for part in _WEIGHTS for file in sorted((folder / part).glob("*.safetensors"))
+        ]
+        return [f"{file.parent.name}/{file.name} {file_sha256(file)[:10]}" for file in files]
+
     def write_defaults(self, folder: Path) -> None:
         """Write `latentgen.json`, so that the model keeps its defaults where it is saved."""
         names = ("num_inference_steps", "guidance_scale", "scheduler")  # the U-Net knows its size

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ from latentgen import LatentDiffusion
 from latentgen.errors import DataError, InvalidRequest, TrainingError
 from latentgen.lora import read_lora
 from latentgen.modelfolder import find
-from latentgen.training import finetune, objective
+from latentgen.training import config as config_module
+from latentgen.training import finetune, objective, run
 from latentgen.training.buckets import bucket_of, bucket_sizes
 from latentgen.training.data import Batch, Order, pixel_batches
 from latentgen.training.encoders import Encoders
 from latentgen.training.finetune import Latents
 from latentgen.training.lesson import Lesson
 from latentgen.training.loop import new_state
-from latentgen.training.methods import LoraConfigFlags, WordEmbedding
+from latentgen.training.methods import LoraConfigFlags, WordEmbedding, architecture
 from latentgen.training.pictures import (
     Picture,
     kohya_flags,
@@ -36,6 +38,7 @@ from latentgen.training.pictures import (
     shuffled,
     with_masks,
 )
+from latentgen.training.preflight import bytes_each
 
 SCRIPTS = Path(__file__).parents[2] / "training"
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -400,6 +403,7 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
     monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setattr(run, "get_available_trackers", list)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for dry in (True, False):
@@ -407,6 +411,13 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
             train_lora(model, folder, tmp_path / "file" / "out", dry_run=dry)
         with pytest.raises(TrainingError, match="pip install bitsandbytes"):
             train_lora(model, folder, tmp_path / "out", dry_run=dry, use_8bit_adam=True)
+        for flags, told in [
+            ({"report_to": "tensorboard"}, "--report_to tensorboard needs"),
+            ({"mixed_precision": "fp16"}, "fp16 trains on GPUs only"),
+            ({"enable_xformers_memory_efficient_attention": True}, "needs an NVIDIA GPU"),
+        ]:
+            with pytest.raises(TrainingError, match=told):
+                train_lora(model, folder, tmp_path / "out", dry_run=dry, **flags)
         with pytest.raises(DataError, match=r"no picture in .*empty \(\.avif, "):
             train_lora(model, tmp_path / "empty", tmp_path / "out", dry_run=dry)
         for name in ("learning_rate", "noise_offset", "lora_dropout"):
@@ -559,7 +570,9 @@ def test_a_fresh_lora_changes_nothing(folder, model, tmp_path):
     assert abs(pipe.generate("a dot", **request).images - plain).max() < 1e-6
 
 
-def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, monkeypatch):
+def test_the_file_tells_how_it_was_made_and_repeats_it(
+    folder, model, tmp_path, monkeypatch, capsys
+):
     file = train_lora(model, folder, tmp_path / "one", seed=5, snr_gamma=5.0, lora_dropout=0.5)
     with safe_open(file, "pt") as content:
         header = content.metadata()
@@ -569,22 +582,42 @@ def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, 
     manifest = json.loads(header["latentgen.manifest"])
     assert manifest["config"]["seed"] == 5
     assert manifest["versions"].keys() == {"latentgen", "torch", "diffusers", "peft"}
-    start("train_lora", **{"from": file, "output_dir": tmp_path / "two", "output_name": "two"})
+    assert manifest["step"] == 4
+    assert str(tmp_path) not in str(header)  # of folders it tells the names
+    assert manifest["config"]["train_data_dir"] == "pictures"
+    assert header["ss_seed"] == "5"
+    tags = {f"a {colour} dot": 1 for colour in COLOURS}
+    assert json.loads(header["ss_tag_frequency"]) == {"pictures": tags}
+    again = {"from": file, "train_data_dir": folder, "pretrained_model_name_or_path": model}
+    start("train_lora", **again, output_dir=tmp_path / "two", output_name="two")
+    assert "one.safetensors" not in capsys.readouterr().out
     first, second = load_file(file), load_file(tmp_path / "two" / "two.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     (folder / "red.txt").write_text("something else")
     with pytest.raises(TrainingError, match="the pictures: not as in"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "three"})
+        start("train_lora", **again, output_dir=tmp_path / "three")
     save_file({"a": torch.ones(1)}, tmp_path / "strange.safetensors")
     with pytest.raises(SystemExit):
         start("train_lora", **{"from": tmp_path / "strange.safetensors", "output_dir": "x"})
     (folder / "red.txt").write_text("a red dot")
+    other = shutil.copytree(model, tmp_path / "other")
+    (weights,) = (other / "text_encoder").glob("*.safetensors")
+    values = {name: value * 2 for name, value in load_file(weights).items()}
+    save_file(values, weights, {"format": "pt"})
+    told = again | {"pretrained_model_name_or_path": other}
     with pytest.raises(TrainingError, match="the model: not as in"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "four", "expect_model": "0"})
+        start("train_lora", **told, output_dir=tmp_path / "four")
+    part = tmp_path / "one" / "checkpoint-2" / "result" / "one.safetensors"
+    here = config_module.versions() | {"torch": "0.4"}
+    monkeypatch.setattr(config_module, "versions", lambda: here)
+    start("train_lora", **(again | {"from": part}), output_dir=tmp_path / "x", dry_run=True)
+    told = capsys.readouterr().out
+    assert "one.safetensors is of step 2 of a run of 4; all of that run is repeated" in told
+    assert f"was made with torch {torch.__version__}; here is 0.4" in told
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="the processes"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "five"})
+        start("train_lora", **again, output_dir=tmp_path / "five")
 
 
 def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, monkeypatch):
@@ -614,7 +647,7 @@ def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, m
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(TrainingError, match="bitsandbytes"):
         train_lora(model, folder, tmp_path / "out", use_8bit_adam=True)
-    with pytest.raises(InvalidRequest, match="xformers"):
+    with pytest.raises(TrainingError, match="xformers"):
         train_lora(model, folder, tmp_path / "x", enable_xformers_memory_efficient_attention=True)
 
 
@@ -711,7 +744,7 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
         "allow": ["duplicates"],
     }
     dreambooth(model, folder, tmp_path / "dry", dry_run=True, **prior)
-    assert "3 pictures of 'dot' will be drawn" in capsys.readouterr().out
+    assert "3 pictures of 'dot' will be drawn first, in about" in capsys.readouterr().out
     assert not (tmp_path / "class").exists()
     dreambooth(model, folder, tmp_path / "one", **prior)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
@@ -721,8 +754,10 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
     one, two = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(DataError, match="holds pictures of 'dot'"):
-        dreambooth(model, folder, tmp_path / "x", **(prior | {"class_prompt": "cat"}))
+    other = prior | {"class_prompt": "cat"}
+    for dry in (True, False):
+        with pytest.raises(DataError, match="holds pictures of 'dot'"):
+            dreambooth(model, folder, tmp_path / "x", **other, dry_run=dry)
     with pytest.raises(SystemExit):
         dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
     assert "--class_prompt and --class_data_dir" in capsys.readouterr().err
@@ -853,9 +888,27 @@ def test_kinds_of_adapters_differ(folder, model, tmp_path):
     alphas = [name for name in plain if name.endswith(".alpha")]
     assert {plain[name].item() for name in alphas} == {4.0}
     assert {stable[name].item() for name in alphas} == {8.0}  # alpha / sqrt(4) is 8 / 4
+    with safe_open(tmp_path / "stable" / "stable.safetensors", "pt") as content:
+        assert content.metadata()["ss_network_alpha"] == "8"
     ups = [name for name in plain if name.endswith("lora_up.weight")]
     assert any(not torch.equal(plain[name], dropped[name]) for name in ups)
     assert dora.keys() - plain.keys() == {name.replace(".alpha", ".dora_scale") for name in alphas}
+
+
+def test_the_architecture_is_called_as_modelspec_does():
+    assert architecture(768, "epsilon") == "stable-diffusion-v1"
+    assert architecture(1024, "epsilon") == "stable-diffusion-v2-512"
+    assert architecture(1024, "v_prediction") == "stable-diffusion-v2-768-v"
+
+
+def test_what_a_weight_takes(folder, tmp_path):
+    def bytes_of(**flags: object) -> int:
+        settings = {"train_data_dir": folder, "output_dir": tmp_path / "out"} | flags
+        return bytes_each(LoraConfigFlags(**settings))
+
+    assert bytes_of() == 4 * 4  # itself, its gradient, two moments
+    assert bytes_of(use_8bit_adam=True) == 2 * 4 + 2
+    assert bytes_of(ema_decay=0.9) == 6 * 4
 
 
 def test_pictures_are_mirrored_with_their_masks_and_repeated(folder, model, tmp_path):
@@ -907,6 +960,10 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
         ({"repeats": 0}, "repeats: 0"),
         ({"output_name": "a/b"}, "no plain name"),
         ({"optimizer": "muon"}, "adamw"),
+        ({"lora_alpha": 0}, "lora_alpha: 0.0; use more than 0"),
+        ({"train_text_encoder": True, "text_encoder_lr": -1}, "text_encoder_lr: -1.0"),
+        ({"num_held_out": -3}, "num_held_out: -3 is too small"),
+        ({"snr_gamma": -1}, "snr_gamma: -1.0 is too small"),
     ]:
         with pytest.raises(SystemExit):
             train_lora(model, folder, tmp_path / "out", **flags)
