@@ -116,10 +116,11 @@ class Model:
 
     def hashes(self) -> list[str]:
         """Of all files of weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
-        folder = self.path if self.path is not None else Path()
-        files = [
-            file for part in _WEIGHTS for file in sorted((folder / part).glob("*.safetensors"))
-        ]
+        if self.path is None:
+            return []
+        files = sorted(
+            file for part in _WEIGHTS for file in self.path.glob(f"{part}/*.safetensors")
+        )
         return [f"{file.parent.name}/{file.name} {file_sha256(file)[:10]}" for file in files]
 
     def write_defaults(self, folder: Path) -> None:
