@@ -114,6 +114,15 @@ class Model:
             return self.path
         return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
 
+    def hashes(self) -> list[str]:
+        """Of all files of weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
+        if self.path is None:
+            return []
+        files = sorted(
+            file for part in _WEIGHTS for file in self.path.glob(f"{part}/*.safetensors")
+        )
+        return [f"{file.parent.name}/{file.name} {file_sha256(file)[:10]}" for file in files]
+
     def write_defaults(self, folder: Path) -> None:
         """Write `latentgen.json`, so that the model keeps its defaults where it is saved."""
         names = ("num_inference_steps", "guidance_scale", "scheduler")  # the U-Net knows its size

@@ -107,8 +107,9 @@ class Bench:
         with torch.no_grad():
             for start in range(0, len(images), BATCH):
                 arrays = np.stack([np.asarray(image) for image in images[start : start + BATCH]])
-                pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2)
-                found += to_pictures(vae.decode(vae.encode(to_signal(pixels)).latents).sample)
+                pixels = to_signal(torch.from_numpy(arrays).permute(0, 3, 1, 2))
+                latents = vae.encode(pixels.to(vae.device, vae.dtype)).latents
+                found += to_pictures(vae.decode(latents).sample)
         return found
 
     def by_style(

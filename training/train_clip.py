@@ -158,6 +158,8 @@ class ImageStudent(nn.Module):
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
+        clip.text_model.requires_grad_(False)
+        clip.text_projection.requires_grad_(False)  # processes wait for gradients of all others
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors of the pictures, and the logits' scale."""
@@ -237,7 +239,6 @@ def train_clip() -> None:
         folder = config.pretrained_clip_path
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device)
-        clip.text_model.requires_grad_(False)
         data = f"{data} {weights_key(clip.text_model)}"
         model: nn.Module = ImageStudent(clip)
         captions = sorted({caption for picture in pictures for caption in picture.captions})

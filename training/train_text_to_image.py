@@ -14,6 +14,7 @@ diffusers' `DDPMPipeline`.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -229,11 +230,8 @@ def train_text_to_image() -> None:
     images = encode_pictures(pictures + unseen, encoders, config, data)  # (1 or 2, N, C, h, w)
     captions = None
     if encoders is not None:
-        key = f"{data} {encoders.text_key}"
-        captions = Captions(
-            pictures + unseen,
-            lambda texts: cached(config.output_dir, key, lambda: encoders.states(texts)),
-        )
+        states = partial(encoders.cached_states, output_dir=config.output_dir)
+        captions = Captions(pictures + unseen, states)
     held_rows = torch.arange(len(pictures), len(pictures) + len(unseen))
     accelerator.print(
         f"{len(pictures)} pictures, {len(unseen)} held out; numbers of mean "

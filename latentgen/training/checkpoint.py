@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentgen.errors import TrainingError
 from latentgen.training.config import FREE_TO_CHANGE, RunConfig, as_json
@@ -26,7 +26,7 @@ from latentgen.training.loop import TrainState, averaged, put_weights
 PREFIX = "checkpoint-"
 BEST = "checkpoint-best-"
 
-Export = Callable[[Path], None]
+Export = Callable[[Path, int], None]  # (folder, step)
 
 
 def save_checkpoint(
@@ -76,28 +76,27 @@ def _write(
 ) -> None:
     """All of a checkpoint, flushed to the disk."""
     folder.mkdir(parents=True)
-    moments = state.optimizer.state_dict()["state"]
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, parameter in enumerate(_parameters(state))
+        for name, value in state.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor | int | float)
+    }
     parts: dict[str, Mapping[str, Tensor]] = {
         "model": state.weights,
         "ema": state.ema,
-        "optimizer": {
-            f"{index}.{name}": torch.as_tensor(value)
-            for index, entry in moments.items()
-            for name, value in entry.items()
-        },
+        "optimizer": moments,
     }
     hashes = {}
     for part, tensors in parts.items():
         file = folder / f"{part}.safetensors"
-        # copies: 8-bit optimizers share tables between parameters, which files cannot hold
-        own = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-        save_file(own, file)
+        save_file(_apart(tensors), file)
         hashes[file.name] = _sha256(file)
     if export is not None:
         result = folder / "result"
         result.mkdir()
         with averaged(state):
-            export(result)
+            export(result, state.step)
     facts = {
         "step": state.step,
         "held_out_loss": best,
@@ -128,12 +127,12 @@ def best_loss(output_dir: Path) -> float:
 
 def resolve_checkpoint(config: RunConfig) -> Path | None:
     """The folder to go on from, or None for a run that starts: `latest` is the newest checkpoint
-    of the run (there is none before the first), anything else is a folder, or the name of one of
-    the run's checkpoints, and must exist.
+    of the run (the best while there is no other, and none before the first), anything else is a
+    folder, or the name of one of the run's checkpoints, and must exist.
 
     Raises TrainingError when a run would start where checkpoints of another already are.
     """
-    found = checkpoints(config.output_dir)
+    found = checkpoints(config.output_dir) or checkpoints(config.output_dir, BEST)
     wanted = config.resume_from_checkpoint
     if wanted is None and found:
         raise TrainingError(
@@ -180,17 +179,36 @@ def load_checkpoint(
     put_weights(state, load_file(checkpoint / "model.safetensors"))
     for name, value in load_file(checkpoint / "ema.safetensors").items():
         state.ema[name].copy_(value)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(state)
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         # the moments keep the parameter's memory layout: fused kernels walk both side by side
         if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            value = value.to(parameter.device)
         whole_number = value.dtype == torch.int64 and value.dim() == 0
         state.optimizer.state[parameter][name] = int(value) if whole_number else value
     if accelerator.scaler is not None and facts["scaler"] is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
+
+
+def _parameters(state: TrainState) -> list[nn.Parameter]:
+    """Those of the optimizer, in the order of its groups."""
+    return [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the processor's memory, as files can hold them: 8-bit optimizers share tables
+    between parameters, of which all but the first become copies."""
+    own, storages = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return own
 
 
 def _sha256(file: Path) -> str:

@@ -7,6 +7,7 @@ trains, it adds in a dataclass of its own.
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,8 +17,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser
 
+import latentgen
 from latentgen.training.pictures import ALLOWABLE, kohya_flags
 
+# Settings of one run that nothing repeats.
+ONCE = ("output_dir", "resume_from_checkpoint", "dry_run")
 MANIFEST = "latentgen.manifest"  # in the header of a file: how it was made
 
 
@@ -70,9 +74,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
+        for name in ("lr_warmup_steps", "adam_weight_decay", "max_grad_norm"):
+            at_least(self, name, 0)
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}: {value} is no number to train with")
@@ -80,8 +86,11 @@ class RunConfig:
             raise ValueError("use_8bit_adam goes with --optimizer adamw")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate: {self.learning_rate}; use more than 0")
-        if self.max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm: {self.max_grad_norm}; use 0 (never) or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed} is not in [0, 2**32)")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0 means no average")
 
@@ -120,7 +129,9 @@ FREE_TO_CHANGE = frozenset(
         "validation_prompts",
         "output_name",
         "lora_layout",
-        # where the pictures are; what they are is compared by their fingerprint
+        # where the pictures are and what may be wrong with them; what they are is compared by
+        # their fingerprint
+        "allow",
         "train_data_dir",
         "metadata_file",
         "validation_data_dir",
@@ -175,6 +186,35 @@ def as_json(config: RunConfig) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
+def to_repeat(config: RunConfig) -> dict:
+    """The settings as a file tells them to whoever has it: without those of the one run, and with
+    the last part only of an absolute path, for where somebody keeps things is their own."""
+    settings = as_json(config)
+    for name, value in asdict(config).items():
+        is_path = isinstance(value, Path) or name in (
+            "pretrained_model_name_or_path",
+            "dataset_name",
+        )
+        if is_path and value is not None and Path(value).is_absolute():
+            settings[name] = Path(value).name
+    return {name: value for name, value in settings.items() if name not in ONCE}
+
+
+def versions() -> dict[str, str]:
+    """Of this package and the libraries on which the numbers of a fine-tuning depend."""
+    import diffusers
+    import peft
+    import torch
+
+    return {m.__name__: m.__version__ for m in (latentgen, torch, diffusers, peft)}
+
+
+def say(text: str) -> None:
+    """Print a text, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def _yaml_flags(file: Path, parser: HfArgumentParser) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -183,6 +223,8 @@ def _yaml_flags(file: Path, parser: HfArgumentParser) -> dict[str, Any]:
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: it must be a list of `flag: value` lines")
     for name, value in settings.items():
+        if name in ("config", "from"):
+            parser.error(f"--config {file}: {name} is a flag of the shell only")
         if value is None:
             parser.error(f"--config {file}: {name} has no value; leave the line out")
     if settings.get("mixed_precision") is False:  # YAML takes a bare `no` for false
@@ -199,13 +241,17 @@ def _manifest_flags(file: Path, known: set[str], parser: HfArgumentParser) -> di
             with safe_open(file, "pt") as content:
                 manifest = json.loads((content.metadata() or {})[MANIFEST])
         config, hashes = manifest["config"], (manifest["data"], manifest["model"])
-        processes = manifest["processes"]
+        processes, before = manifest["processes"], manifest["versions"]
+        step, steps = manifest["step"], config["max_train_steps"]
     except (OSError, SafetensorError, KeyError, ValueError):
         parser.error(f"--from {file}: it is no file of ours that tells how it was made")
     if unknown := sorted(config.keys() - known):
         parser.error(f"--from {file}: {unknown} are no flags of this script")
-    for once in ("output_dir", "resume_from_checkpoint", "dry_run"):
-        config.pop(once, None)
+    if step < steps:
+        say(f"{file} is of step {step} of a run of {steps}; all of that run is repeated")
+    for name, version in versions().items():
+        if before.get(name) != version:
+            say(f"{file} was made with {name} {before.get(name)}; here is {version}")
     if "instance_data_dir" in config:
         config.pop("train_data_dir", None)  # the same folder
     config |= {"expect_data": hashes[0], "expect_model": hashes[1], "expect_processes": processes}
@@ -234,6 +280,7 @@ def needs(config: RunConfig, names: list[str], condition: bool, what: str) -> No
             raise ValueError(f"{name} has no effect without {what}")
 
 
-def _at_least(config: RunConfig, name: str, least: int) -> None:
+def at_least(config: RunConfig, name: str, least: int) -> None:
+    """Refuse a setting below its least value."""
     if getattr(config, name) < least:
         raise ValueError(f"{name}: {getattr(config, name)} is too small; use {least} or more")

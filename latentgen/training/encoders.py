@@ -5,13 +5,14 @@ step needs the U-Net only.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentgen.training.data import Batch, to_signal, weights_key
+from latentgen.training.data import Batch, cached, to_signal, weights_key
 from latentgen.training.pictures import Picture
 
 
@@ -51,6 +52,11 @@ class Encoders:
         in half precision to save memory."""
         parts = self.token_ids(texts).to(self.text_encoder.device).split(128)
         return torch.cat([self.text_encoder(part)[0].half().cpu() for part in parts])
+
+    def cached_states(self, texts: list[str], output_dir: Path) -> Tensor:
+        """`states`, kept in the run's cache for these texts in this order."""
+        key = f"{self.text_key} {self.token_ids(texts).tolist()}"
+        return cached(output_dir, key, lambda: self.states(texts))
 
 
 class Captions:

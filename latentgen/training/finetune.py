@@ -9,27 +9,26 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import peft
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import latentgen
-from latentgen.errors import DataError, TrainingError
+from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
-from latentgen.modelfolder import Model
+from latentgen.modelfolder import Model, read_json
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.buckets import Size
-from latentgen.training.config import as_json
+from latentgen.training.config import say, to_repeat, versions
 from latentgen.training.data import Batch, cached, pixel_batches, step_generator
 from latentgen.training.encoders import Captions, Encoders
 from latentgen.training.lesson import (
@@ -43,8 +42,14 @@ from latentgen.training.lesson import (
 )
 from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
 from latentgen.training.pictures import Picture, read_folder
-from latentgen.training.preflight import duration, forecast
-from latentgen.training.run import check_start, run, start
+from latentgen.training.preflight import (
+    bytes_each,
+    duration,
+    expected_speed,
+    forecast,
+    memory_in_use,
+)
+from latentgen.training.run import check_start, device_of_run, precision, run, start
 
 MEASURED = 16  # pictures that the fixed-noise loss looks at, each at FRACTIONS of the schedule
 FRACTIONS = (0.1, 0.35, 0.6, 0.85)
@@ -58,13 +63,13 @@ class Method:
     Attributes:
         adapt: (unet, text_encoder, tokenizer): put in the weights that learn; all others are
             frozen already. It is called once on a model without memory, to count.
-        export: (model, folder, manifest): write what was learnt, ready for use.
+        export: (model, lesson, folder, manifest): write what was learnt, ready for use.
         rate_of: the share of the learning rate that the weight of a name gets.
         whole: the U-Net's own weights learn, so they must be loaded in full precision.
     """
 
     adapt: Callable[[nn.Module, nn.Module, CLIPTokenizer], None]
-    export: Callable[[LatentDiffusion, Path, dict[str, Any]], None]
+    export: Callable[[LatentDiffusion, Lesson, Path, dict[str, Any]], None]
     rate_of: Callable[[str], float] = lambda name: 1.0
     whole: bool = False
 
@@ -93,7 +98,8 @@ def fine_tune(
     """Check, tell, train, export.
 
     Args:
-        prepare: gives a picture the captions that it is trained with.
+        prepare: gives a picture the captions that it is trained with; those of the class have
+            theirs.
         prior: pictures of the class to train on as well; those that are missing are drawn.
 
     Raises:
@@ -102,9 +108,11 @@ def fine_tune(
     """
     found = find_model(config)
     check_start(config)
+    if config.enable_xformers_memory_efficient_attention:
+        _check_xformers()
     tokenizer = load_tokenizer(found)
-    empty = _without_memory(config, method, found, tokenizer)
-    pictures = [prepare(picture) for picture in read_pictures(config)]
+    empty, others = _without_memory(config, method, found, tokenizer)
+    pictures = [one if one.is_reg else prepare(one) for one in read_pictures(config)]
     unseen = None
     if config.validation_data_dir is not None:
         unseen = [prepare(picture) for picture in read_folder(config.validation_data_dir)]
@@ -114,19 +122,19 @@ def fine_tune(
     elif drawn := prior.pictures():
         lesson.add_class(drawn)
     count_steps(config, lesson)
-    if os.environ.get("RANK", "0") == "0":
-        print(lesson.describe(), flush=True)
-        print(_cost(config, empty, lesson, found, prior), flush=True)
+    say(lesson.describe())
+    say(_cost(config, empty, others, lesson, found, prior))
     if config.dry_run:
         return
 
     accelerator = start(config)
     _expect("the processes", config.expect_processes, accelerator.num_processes)
     pipe = _load(config, found, accelerator, method)
-    _expect("the model", config.expect_model, found.hash())
+    _expect("the model", config.expect_model or None, found.hashes())
     if prior is not None:
-        if accelerator.is_main_process:
-            draw_class(pipe, prior)
+        missing = prior.missing()
+        accelerator.wait_for_everyone()  # each process has looked before any draws
+        draw_class(pipe, prior, missing[accelerator.process_index :: accelerator.num_processes])
         accelerator.wait_for_everyone()
         lesson = Lesson(config, found, tokenizer, pictures, unseen)
         lesson.add_class(prior.pictures())
@@ -136,27 +144,31 @@ def fine_tune(
         pipe.text_encoder.gradient_checkpointing_enable()
     task = Task(config, pipe, denoiser, lesson, accelerator)
     manifest = {
-        "config": as_json(config),
+        "config": to_repeat(config),
         "data": lesson.fingerprint,
-        "shared_phrase": lesson.shared_phrase(),
-        "model": found.hash(),
+        "model": found.hashes(),
         "processes": accelerator.num_processes,
-        "versions": {m.__name__: m.__version__ for m in (latentgen, torch, diffusers, peft)},
+        "versions": versions(),
     }
+
+    def export(folder: Path, step: int) -> None:
+        method.export(pipe, lesson, folder, manifest | {"step": step})
+
     run(
         denoiser,
         task.loss,
         config,
         accelerator,
         lesson.instances,
-        " ".join([lesson.fingerprint, str(found.hash()), *task.encoders.keys]),
+        " ".join([lesson.fingerprint, *found.hashes(), *task.encoders.keys]),
         task.validate,
         groups=lesson.groups(),
+        classes=lesson.classes,
         rate_of=method.rate_of,
-        export=lambda folder: method.export(pipe, folder, manifest),
+        export=export,
     )
     if accelerator.is_main_process:
-        method.export(pipe, config.output_dir, manifest)
+        export(config.output_dir, config.max_train_steps)
 
 
 def count_steps(config: FineTuneConfig, lesson: Lesson) -> None:
@@ -167,18 +179,12 @@ def count_steps(config: FineTuneConfig, lesson: Lesson) -> None:
         config.num_train_epochs = None
 
 
-def draw_class(pipe: LatentDiffusion, prior: Prior) -> None:
-    """Draw what is missing of the class. Picture i is drawn from seed i, so that a run which was
-    stopped goes on with the same ones."""
+def draw_class(pipe: LatentDiffusion, prior: Prior, files: list[Path]) -> None:
+    """Draw pictures of the class. Picture i is drawn from seed i, so that a run which was stopped
+    goes on with the same ones, by however many processes."""
     prior.folder.mkdir(parents=True, exist_ok=True)
-    note = prior.folder / "prompt.txt"
-    if note.exists() and note.read_text("utf-8") != prior.prompt:
-        raise DataError(f"{prior.folder} holds pictures of {note.read_text('utf-8')!r}")
-    note.write_text(prior.prompt, "utf-8")
-    files = [prior.folder / f"{seed:04d}.png" for seed in range(prior.count)]
-    missing = [file for file in files if not file.exists()]
-    there = len(prior.pictures())
-    for file in missing[: max(0, prior.count - there)]:
+    prior.note.write_text(prior.prompt, "utf-8")
+    for file in files:
         partial = file.with_suffix(".partial")
         pipe.generate(prior.prompt, seed=int(file.stem)).image.save(partial, "PNG")
         partial.replace(file)
@@ -298,12 +304,10 @@ class Task:
 
     def _captions(self, text_encoder_learns: bool) -> Captions:
         pictures = [*self.lesson.instances, *self.lesson.unseen, *self.lesson.classes]
-        encoders = self.encoders
         if text_encoder_learns:
-            return Captions(pictures, encoders.token_ids)
-        key = f"{self.lesson.fingerprint} {encoders.text_key}"
-        folder = self.config.output_dir
-        return Captions(pictures, lambda texts: cached(folder, key, lambda: encoders.states(texts)))
+            return Captions(pictures, self.encoders.token_ids)
+        states = partial(self.encoders.cached_states, output_dir=self.config.output_dir)
+        return Captions(pictures, states)
 
 
 class Latents:
@@ -381,23 +385,31 @@ class Latents:
 
 def _without_memory(
     config: FineTuneConfig, method: Method, found: Model, tokenizer: CLIPTokenizer
-) -> Denoiser:
-    """The model as it will train, made of nothing but shapes."""
+) -> tuple[Denoiser, int]:
+    """The model as it will train, made of nothing but shapes; and how many numbers the parts have
+    that only encode and decode."""
+    vae_config = read_json(_folder(found) / "vae" / "config.json")
     with torch.device("meta"):
+        vae = getattr(diffusers, vae_config["_class_name"]).from_config(vae_config)
         unet = UNet2DConditionModel.from_config(unet_config(found))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(_folder(found) / "text_encoder"))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return _adapted(method, unet, text, tokenizer)
+        denoiser = _adapted(method, unet, text, tokenizer)
+    others = [vae] if denoiser.text_encoder is not None else [vae, text]
+    return denoiser, sum(p.numel() for model in others for p in model.parameters())
 
 
 def _cost(
-    config: FineTuneConfig, empty: Denoiser, lesson: Lesson, found: Model, prior: Prior | None
+    config: FineTuneConfig,
+    empty: Denoiser,
+    others: int,
+    lesson: Lesson,
+    found: Model,
+    prior: Prior | None,
 ) -> str:
-    """What the run will take."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    device = torch.device("cpu" if on_cpu else "cuda")
-    dtype = _dtype(config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    """What the run will take. `others`: numbers of the model beside those in `empty`."""
+    device, dtype = device_of_run(), _dtype(precision(config))
     height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
     factor = found.vae_scale_factor
     rows = config.train_batch_size * (2 if lesson.classes or prior is not None else 1)
@@ -406,25 +418,45 @@ def _cost(
         noisy = torch.zeros(rows, unet["in_channels"], height // factor, width // factor)
         states = torch.zeros(rows, lesson.limit + 2, unet["cross_attention_dim"])
         words = states if empty.text_encoder is None else states[..., 0].long()
-        told = forecast(empty, (noisy, torch.zeros(rows), words), dtype)
+        told = forecast(empty, (noisy, torch.zeros(rows), words), dtype, bytes_each(config))
+    memory = told.memory
+    if device.type == "cpu":  # elsewhere, what only encodes leaves the device's memory
+        memory += others * dtype.itemsize + memory_in_use()
     steps, batch = config.max_train_steps, _pictures_a_step(config)
-    seconds = told.seconds(steps * config.gradient_accumulation_steps, device, dtype)
+    speed = expected_speed(device, dtype)
+    seconds = steps * config.gradient_accumulation_steps * told.flops / speed
     drawn = []
-    if prior is not None and (missing := prior.count - len(prior.pictures())) > 0:
-        drawn = [f"{missing} pictures of {prior.prompt!r} will be drawn"]
+    if prior is not None and (missing := len(prior.missing())):
+        passes = found.num_inference_steps * (2 if found.guidance_scale > 1 else 1)
+        drawing = missing * passes * told.forward_flops / rows / speed / _processes()
+        drawn = [
+            f"{missing} pictures of {prior.prompt!r} will be drawn first, in about "
+            f"{duration(drawing)}"
+        ]
     return "\n".join(
         [
             *drawn,
             f"{told.trained:,} of {told.weights:,} weights learn",
             f"{steps} steps of {batch} pictures are {steps * batch / lesson.epoch():.1f} epochs; "
-            f"about {duration(seconds)} and {told.memory / 1e9:.1f} GB on this {device.type}",
+            f"about {duration(seconds)} and {memory / 1e9:.1f} GB on this {device.type}",
         ]
     )
 
 
 def _pictures_a_step(config: FineTuneConfig) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return config.train_batch_size * config.gradient_accumulation_steps * processes
+    return config.train_batch_size * config.gradient_accumulation_steps * _processes()
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_xformers() -> None:
+    if device_of_run().type != "cuda" or find_spec("xformers") is None:
+        raise TrainingError(
+            "--enable_xformers_memory_efficient_attention needs an NVIDIA GPU and "
+            "`pip install 'latentgen[xformers]'`"
+        )
 
 
 def _adapted(

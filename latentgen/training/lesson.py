@@ -4,6 +4,7 @@ All of it happens before any weights are read; of the model it knows its configu
 tokenizer.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +20,7 @@ from latentgen.errors import DataError, TrainingError
 from latentgen.images import picture_files
 from latentgen.modelfolder import Model
 from latentgen.training.buckets import Size, bucket_of, bucket_sizes
-from latentgen.training.config import RunConfig, flag, needs
+from latentgen.training.config import RunConfig, at_least, flag, needs
 from latentgen.training.pictures import (
     ALLOWABLE,
     Checked,
@@ -95,8 +96,7 @@ class FineTuneConfig(RunConfig):
     output_name: str | None = flag(None, help="of the file; default: that of --output_dir")
     dry_run: bool = flag(False, help="check everything, say what would be done, and stop")
     expect_data: str | None = flag(None, help="stop unless the data has this fingerprint")
-    expect_model: str | None = flag(None, help="stop unless the model has this hash")
-
+    expect_model: list[str] = flag([], help="stop unless the model's files have these hashes")
     expect_processes: int | None = flag(None, help="stop unless so many processes train")
 
     def __post_init__(self) -> None:
@@ -116,8 +116,10 @@ class FineTuneConfig(RunConfig):
             raise ValueError(
                 f"proportion_empty_prompts: {self.proportion_empty_prompts} is not in [0, 1]"
             )
-        if self.repeats < 1:
-            raise ValueError(f"repeats: {self.repeats}; use 1 or more")
+        at_least(self, "repeats", 1)
+        for name in ("num_held_out", "keep_tokens", "snr_gamma", "prior_loss_weight"):
+            if getattr(self, name) is not None:
+                at_least(self, name, 0)
         if any(not prompt.strip() for prompt in self.validation_prompts):
             raise ValueError("validation_prompts: one of them is empty")
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
@@ -149,10 +151,23 @@ class Prior:
     prompt: str
     count: int
 
+    @property
+    def note(self) -> Path:
+        """The file that says what the pictures were drawn for."""
+        return self.folder / "prompt.txt"
+
     def pictures(self) -> list[Picture]:
-        """Those that are there."""
+        """Those that are there. Raises DataError when they were drawn for another prompt."""
+        if self.note.exists() and self.note.read_text("utf-8") != self.prompt:
+            raise DataError(f"{self.folder} holds pictures of {self.note.read_text('utf-8')!r}")
         files = picture_files(self.folder) if self.folder.is_dir() else []
         return [Picture(file, (self.prompt,), is_reg=True) for file in files]
+
+    def missing(self) -> list[Path]:
+        """The files that are to be drawn, named by their seeds."""
+        files = [self.folder / f"{seed:04d}.png" for seed in range(self.count)]
+        missing = [file for file in files if not file.exists()]
+        return missing[: max(0, self.count - len(self.pictures()))]
 
 
 def find_model(config: FineTuneConfig) -> Model:
@@ -327,6 +342,14 @@ class Lesson:
         tail = " ".join(_common_beginning([row[::-1] for row in words])[::-1]).rpartition(",")[2]
         longest = max(tail.strip(), head.strip(), key=len)
         return longest if len(longest) > 3 else None  # not of an article
+
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """How many pictures of each folder have a tag: the captions' parts between commas."""
+        found: dict[str, Counter[str]] = {}
+        for picture in self.instances:
+            parts = {part.strip() for c in picture.captions for part in c.split(",")} - {""}
+            found.setdefault(picture.file.parent.name, Counter()).update(parts)
+        return {folder: dict(sorted(tags.items())) for folder, tags in found.items()}
 
     def epoch(self) -> int:
         """Pictures in an epoch."""

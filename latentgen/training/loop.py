@@ -5,7 +5,7 @@ from or what is printed.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +84,15 @@ def train(
     accelerator: Accelerator,
     pictures: list[Picture],
     groups: list[Tensor] | None = None,
+    classes: Sequence[Picture] = (),
 ) -> Iterator[StepReport]:
     """Run the remaining steps, one a `next`. `loss_function(model, batch)` is the batch's mean.
 
-    `groups`: rows that may share a batch (see `data.Order`); default: all may.
+    `groups`: rows that may share a batch (see `data.Order`); default: all may. `classes`: pictures
+    of which each batch sees as many as of `pictures` (see `Batch.rows_of`).
 
-    Raises TrainingError with the step's number and the files of the batch when the loss or the
-    gradient is not finite, before the weights are touched.
+    Raises TrainingError with the step's number and the files that any process saw when the loss or
+    the gradient is not finite, before the weights are touched.
     """
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     model.train()
@@ -99,6 +101,20 @@ def train(
     total = share * micro_batches * accelerator.num_processes
     order = Order(config.seed, groups or [torch.arange(len(pictures))], total)
     skipped = 0
+
+    def not_finite(what: str, value: Tensor, first: int = 0, count: int = total) -> TrainingError:
+        """`count` rows of the step's whole batch, from the `first` on, are what it comes from."""
+        places = slice(first, first + count)
+        batch = Batch(config.seed, state.step, order.rows(state.step), places)
+        shown = [pictures[row] for row in batch.rows.tolist()]
+        if classes:
+            shown += [classes[row] for row in batch.rows_of(len(classes), count).tolist()]
+        files = "\n  ".join(str(picture.file) for picture in shown)
+        return TrainingError(
+            f"the {what} of step {state.step + 1} is {value.item()}; no weights were changed by "
+            f"it, and what checkpoints there are are good. The batch:\n  {files}"
+        )
+
     while state.step < config.max_train_steps:
         rate = learning_rate_at(
             state.step,
@@ -110,12 +126,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
         mean = torch.zeros((), device=accelerator.device)
-        rows = []
         for micro_batch in range(micro_batches):
             start = (micro_batch * accelerator.num_processes + accelerator.process_index) * share
             places = slice(start, start + share)
             batch = Batch(config.seed, state.step, order.rows(state.step), places)
-            rows += batch.rows.tolist()
             # dropout draws from torch's own generator: it, too, must be a function of the step
             torch.manual_seed(step_generator(config.seed, state.step, start + 2).initial_seed())
             with accelerator.accumulate(model):
@@ -123,7 +137,8 @@ def train(
                     loss = loss_function(model, batch)
                 shared = accelerator.reduce(loss.detach(), "mean")
                 if not torch.isfinite(shared):
-                    raise _not_finite("loss", shared, state.step, pictures, batch.rows.tolist())
+                    together = share * accelerator.num_processes
+                    raise not_finite("loss", shared, micro_batch * together, together)
                 mean += shared / micro_batches
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -131,12 +146,12 @@ def train(
                     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                     # fp16's scaler finds its scale by overflowing: it skips such steps itself
                     if accelerator.scaler is None and not torch.isfinite(norm):
-                        raise _not_finite("gradient", norm, state.step, pictures, rows)
+                        raise not_finite("gradient", norm)
                 optimizer.step()
                 optimizer.zero_grad()
         skipped = 0 if torch.isfinite(norm) else skipped + 1
         if skipped > SKIPPED_AT_MOST:
-            raise _not_finite("gradient (in fp16)", norm, state.step, pictures, rows)
+            raise not_finite("gradient (in fp16)", norm)
         state.step += 1
         update_ema(state, config.ema_decay)
         yield StepReport(state.step, mean.item(), rate, float(norm))
@@ -179,13 +194,3 @@ def eight_bit_adam() -> Any:
     except ImportError as error:
         raise TrainingError("--use_8bit_adam needs `pip install bitsandbytes`") from error
     return AdamW8bit
-
-
-def _not_finite(
-    what: str, value: Tensor, step: int, pictures: list[Picture], rows: list[int]
-) -> TrainingError:
-    files = "\n  ".join(str(pictures[row].file) for row in rows)
-    return TrainingError(
-        f"the {what} of step {step + 1} is {value.item()}; no weights were changed by it, and what "
-        f"checkpoints there are are good. The batch:\n  {files}"
-    )

@@ -21,13 +21,11 @@ from latentgen.embeddings import add_word, said, spelled_out
 from latentgen.errors import DataError, TrainingError
 from latentgen.lora import collect_lora, lora_metadata, write_lora
 from latentgen.pipeline import LatentDiffusion
-from latentgen.training.config import MANIFEST, flag, needs
+from latentgen.training.config import MANIFEST, at_least, flag, needs
 from latentgen.training.finetune import Method
-from latentgen.training.lesson import FineTuneConfig
+from latentgen.training.lesson import FineTuneConfig, Lesson
 from latentgen.training.pictures import Picture
 
-SD_1, SD_2 = "stable-diffusion-v1", "stable-diffusion-v2-768-v"
-ARCHITECTURES = {768: SD_1, 1024: SD_2}  # by the width of the token states
 TEXT_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -49,8 +47,11 @@ class LoraConfigFlags(FineTuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank: {self.rank} is too small; use 1 or more")
+        at_least(self, "rank", 1)
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha: {self.lora_alpha}; use more than 0, the strength of it")
+        if self.text_encoder_lr is not None and self.text_encoder_lr <= 0:
+            raise ValueError(f"text_encoder_lr: {self.text_encoder_lr}; use more than 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
         if self.optimizer != "adamw":
@@ -71,8 +72,9 @@ class WordFlags(FineTuneConfig):
         super().__post_init__()
         names = ["initializer_token", "num_vectors", "embedding_lr"]
         needs(self, names, self.placeholder_token is not None, "--placeholder_token")
-        if self.num_vectors < 1:
-            raise ValueError(f"num_vectors: {self.num_vectors} is too small; use 1 or more")
+        at_least(self, "num_vectors", 1)
+        if self.embedding_lr <= 0:
+            raise ValueError(f"embedding_lr: {self.embedding_lr}; use more than 0")
 
 
 def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> Method:
@@ -83,22 +85,28 @@ def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> M
         if config.train_text_encoder:
             _inject(config, text_encoder, TEXT_MODULES)
 
-    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+    def export(
+        pipe: LatentDiffusion, lesson: Lesson, folder: Path, manifest: dict[str, Any]
+    ) -> None:
+        lora = collect_lora(pipe.unet, pipe.text_encoder if config.train_text_encoder else None)
+        layer = next(iter(lora.layers.values()))  # all have the same rank and strength
+        prediction_type = pipe.scheduler.config.prediction_type
         resolution = config.resolution if config.resolution is not None else pipe.model.height
         network = {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
         metadata = lora_metadata(
             title=config.name,
             base_model=pipe.model.name,
-            rank=config.rank,
-            alpha=config.lora_alpha if config.lora_alpha is not None else float(config.rank),
-            prediction_type=pipe.scheduler.config.prediction_type,
+            rank=layer.rank,
+            alpha=layer.alpha,
+            prediction_type=prediction_type,
             resolution=resolution,
-            trigger_phrase=trigger_phrase or manifest.get("shared_phrase"),
-            architecture=ARCHITECTURES.get(pipe.unet.config.cross_attention_dim, SD_1),
+            trigger_phrase=trigger_phrase or lesson.shared_phrase(),
+            architecture=architecture(pipe.unet.config.cross_attention_dim, prediction_type),
             network_args=network,
             manifest=manifest,
         )
-        lora = collect_lora(pipe.unet, pipe.text_encoder if config.train_text_encoder else None)
+        metadata["ss_seed"] = str(config.seed)
+        metadata["ss_tag_frequency"] = json.dumps(lesson.tag_frequency())
         # the other layouts have a file name of their own, by which their readers know them
         names = {"kohya": f"{config.name}.safetensors", "peft": config.name}
         name = names.get(config.lora_layout, "pytorch_lora_weights.safetensors")
@@ -112,6 +120,14 @@ def lora_method(config: LoraConfigFlags, trigger_phrase: str | None = None) -> M
         return share if name.startswith("text_encoder.") else 1.0
 
     return Method(adapt, export, rate_of)
+
+
+def architecture(width: int, prediction_type: str) -> str:
+    """ModelSpec's name of a family, by the width of its token states and what it predicts."""
+    if width != 1024:
+        return "stable-diffusion-v1"
+    kind = "768-v" if prediction_type == "v_prediction" else "512"
+    return f"stable-diffusion-v2-{kind}"
 
 
 def word_method(config: WordFlags, rate: float) -> Method:
@@ -131,7 +147,9 @@ def word_method(config: WordFlags, rate: float) -> Method:
         vectors = known.mean(0, keepdim=True).repeat(config.num_vectors, 1)
         text_encoder.set_input_embeddings(WordEmbedding(base, vectors))
 
-    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+    def export(
+        pipe: LatentDiffusion, lesson: Lesson, folder: Path, manifest: dict[str, Any]
+    ) -> None:
         vectors = pipe.text_encoder.get_input_embeddings().learned  # (num_vectors, D)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
@@ -150,7 +168,9 @@ def whole_method(train_text_encoder: bool) -> Method:
         unet.requires_grad_(True)
         text_encoder.requires_grad_(train_text_encoder)
 
-    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
+    def export(
+        pipe: LatentDiffusion, lesson: Lesson, folder: Path, manifest: dict[str, Any]
+    ) -> None:
         pipe.save_pretrained(folder)
         (folder / "latentgen_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -164,9 +184,11 @@ def both(lora: Method, word: Method, word_folder: str) -> Method:
         lora.adapt(unet, text_encoder, tokenizer)
         word.adapt(unet, text_encoder, tokenizer)
 
-    def export(pipe: LatentDiffusion, folder: Path, manifest: dict[str, Any]) -> None:
-        lora.export(pipe, folder, manifest)
-        word.export(pipe, folder / word_folder, manifest)
+    def export(
+        pipe: LatentDiffusion, lesson: Lesson, folder: Path, manifest: dict[str, Any]
+    ) -> None:
+        lora.export(pipe, lesson, folder, manifest)
+        word.export(pipe, lesson, folder / word_folder, manifest)
 
     def rate_of(name: str) -> float:
         return (word if name.endswith(".learned") else lora).rate_of(name)

@@ -28,6 +28,7 @@ ALLOWABLE = {
     "duplicates": "trained on twice",
     "tiny": "enlarged",
     "uncaptioned": "trained on with the empty caption",
+    "unlisted": "left out",
     "long_captions": "cut where the text encoder stops reading",
 }
 
@@ -35,7 +36,8 @@ ALLOWABLE = {
 @dataclass(frozen=True)
 class Picture:
     """`repeats`: how often it comes in an epoch. `mask`: a picture of the same size, white where
-    the loss counts. `is_reg`: it shows the class, not the subject (prior preservation)."""
+    the loss counts. `is_reg`: it shows the class, not the subject (prior preservation). `listed`:
+    the folder's `metadata.jsonl` has a line for it, or there is none."""
 
     file: Path
     captions: tuple[str, ...]
@@ -43,6 +45,7 @@ class Picture:
     mask: Path | None = None
     random_flip: bool = False
     is_reg: bool = False
+    listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,18 @@ class Checked:
 def read_folder(folder: Path, metadata_file: str = "metadata.jsonl") -> list[Picture]:
     """The folder's pictures: the lines of its `metadata.jsonl` (`file_name` and `text`, a string
     or a list of strings), or without one every picture below it, captioned by the `.txt` file of
-    the same name. Captions may be missing; `check_pictures` decides whether that is an error."""
+    the same name. Captions may be missing, and so may lines of `metadata.jsonl`; `check_pictures`
+    decides whether that is an error. A listing of another name is a choice among the pictures."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     listing = folder / metadata_file
     if listing.is_file():
         lines = enumerate(_read_text(listing).split("\n"), 1)
         pictures = [_read_row(folder, listing, n, line) for n, line in lines if line.strip()]
+        if pictures and metadata_file == "metadata.jsonl":
+            told = {picture.file.resolve() for picture in pictures}
+            others = [file for file in picture_files(folder) if file.resolve() not in told]
+            pictures += [Picture(file, (), listed=False) for file in others]
     elif metadata_file != "metadata.jsonl":
         raise DataError(f"{listing} does not exist")
     else:
@@ -81,7 +89,7 @@ def read_dataset(
     name: str, image_column: str, caption_column: str, export_dir: Path
 ) -> list[Picture]:
     """A dataset of the Hugging Face hub, or a folder that `datasets` saved: its pictures are
-    written to `export_dir` once, as PNG, and are files like all others from there on."""
+    written below `export_dir` once, as PNG, and are files like all others from there on."""
     try:
         import datasets
     except ImportError as error:
@@ -97,19 +105,33 @@ def read_dataset(
     for column in (image_column, caption_column):
         if column not in rows.column_names:
             raise DataError(f"{name} has no column {column!r}; it has {rows.column_names}")
-    export_dir.mkdir(parents=True, exist_ok=True)
+    # its own hash of the rows: another dataset, or the same one changed, is another folder
+    key = hashlib.sha256(f"{rows._fingerprint} {image_column}".encode()).hexdigest()[:16]
+    folder = export_dir / key
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for number, row in enumerate(rows):
-        image, text = row[image_column], row[caption_column]
-        file = export_dir / f"{number:06d}.png"
-        if not hasattr(image, "convert"):
-            raise DataError(f"{name}: row {number} has no picture in {image_column!r}")
-        if not file.exists():
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            load_image(image).save(partial, "PNG")
-            partial.replace(file)
-        captions = [text] if isinstance(text, str) else text if text is not None else []
-        pictures.append(Picture(file, tuple(one for one in captions if one.strip())))
+    for number in range(len(rows)):
+        try:
+            row = rows[number]
+            image, text = row[image_column], row[caption_column]
+            file = folder / f"{number:06d}.png"
+            if not hasattr(image, "convert"):
+                raise DataError(f"{name}: row {number} has no picture in {image_column!r}")
+            if not file.exists():
+                partial = file.with_suffix(f".{os.getpid()}.partial")
+                load_image(image).save(partial, "PNG")
+                partial.replace(file)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"{name}: the picture of row {number} cannot be read: {error}"
+            ) from error
+        captions = _captions(text if text is not None else [])
+        if captions is None:
+            raise DataError(
+                f"{name}: row {number} has {text!r} in {caption_column!r}; it must be a text, or "
+                "a list of texts"
+            )
+        pictures.append(Picture(file, captions))
     return pictures
 
 
@@ -190,6 +212,18 @@ KOHYA_FLAGS = {
     "bucket_reso_steps": "bucket_reso_steps",
     "bucket_no_upscale": "bucket_no_upscale",
 }
+# Its keys that are whole numbers, with the least that each may be, and those that are true or
+# false; the others are texts.
+WHOLE = {
+    "num_repeats": 1,
+    "keep_tokens": 0,
+    "resolution": 1,
+    "batch_size": 1,
+    "min_bucket_reso": 1,
+    "max_bucket_reso": 1,
+    "bucket_reso_steps": 1,
+}
+SWITCHES = {"shuffle_caption", "flip_aug", "is_reg", "enable_bucket", "bucket_no_upscale"}
 
 
 def kohya_flags(file: Path) -> dict[str, Any]:
@@ -224,10 +258,13 @@ def shuffled(caption: str, keep_tokens: int, seed: int) -> list[str]:
 
 def with_masks(pictures: list[Picture], folder: Path) -> list[Picture]:
     """The pictures with the loss masks of a folder: files of the same stem, white = train. Those
-    without one are trained on whole."""
+    without one are trained on whole; a mask is no picture, also if its folder is inside theirs."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
-    files, stems = picture_files(folder), [picture.file.stem for picture in pictures]
+    files = picture_files(folder)
+    own = {file.resolve() for file in files}
+    pictures = [picture for picture in pictures if picture.file.resolve() not in own]
+    stems = [picture.file.stem for picture in pictures]
     masks = {file.stem: file for file in files}
     if strangers := sorted(masks.keys() - set(stems)):
         raise DataError(f"{folder} has masks of no picture: {', '.join(strangers[:SHOWN])}")
@@ -273,6 +310,9 @@ def check_pictures(
         problems.setdefault(kind, []).append(what)
 
     for picture in pictures:
+        if not picture.listed:
+            note("unlisted", f"{picture.file}")
+            continue
         if captions and not picture.captions:
             note("uncaptioned", f"{picture.file}")
         for caption in picture.captions if captions else ():
@@ -340,6 +380,8 @@ def _kohya_subsets(file: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         loud = {key: v for key, v in value.items() if key not in NEUTRAL or NEUTRAL[key] != v}
         if unknown := sorted(loud.keys() - allowed):
             raise DataError(f"{file}: {what} has {unknown}; known are {sorted(allowed)}")
+        for key in loud.keys() & known:  # the others are tables themselves
+            _check_type(file, key, loud[key])
         return loud
 
     def tables(value: Any, what: str) -> list[Any]:
@@ -358,6 +400,22 @@ def _kohya_subsets(file: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     if not pairs:
         raise DataError(f"{file}: it lists no [[datasets.subsets]]")
     return pairs
+
+
+def _check_type(file: Path, key: str, value: Any) -> None:
+    """Refuse a value that is not of its key's type: "2", 2.5 or true for a whole number."""
+    if key in WHOLE:
+        one = value[0] if key == "resolution" and isinstance(value, list) and value else value
+        right = type(one) is int and one >= WHOLE[key]
+        needed = f"a whole number, {WHOLE[key]} or more"
+    elif key in SWITCHES:
+        right, needed = isinstance(value, bool), "true or false"
+    elif key == "caption_dropout_rate":
+        right, needed = type(value) in (int, float), "a number"
+    else:
+        right, needed = isinstance(value, str), "a text"
+    if not right:
+        raise DataError(f"{file}: {key} must be {needed}; it is {value!r}")
 
 
 def _folder_near(file: Path, name: str) -> Path:
@@ -381,12 +439,19 @@ def _read_row(folder: Path, listing: Path, number: int, line: str) -> Picture:
         name, text = row["file_name"], row.get("text", [])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         name = text = None
-    captions = [text] if isinstance(text, str) else text
-    right = isinstance(captions, list) and all(isinstance(one, str) for one in captions)
-    if not right or not isinstance(name, str):
+    captions = _captions(text)
+    if captions is None or not isinstance(name, str):
         needed = '{"file_name": "…", "text": "…"}, where text may be a list'
         raise DataError(f"{listing}, line {number} must be {needed}; it is {line[:80]}")
-    return Picture(folder / name, tuple(caption for caption in captions if caption.strip()))
+    return Picture(folder / name, captions)
+
+
+def _captions(text: Any) -> tuple[str, ...] | None:
+    """A text, or a list of texts, without the empty ones; None for anything else."""
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        return None
+    return tuple(one for one in texts if one.strip())
 
 
 def _text_beside(file: Path, ending: str = ".txt") -> tuple[str, ...]:
@@ -398,6 +463,7 @@ def _text_beside(file: Path, ending: str = ".txt") -> tuple[str, ...]:
 
 
 WORDS = {
+    "unlisted": "not listed in metadata.jsonl",
     "uncaptioned": "without a caption",
     "tiny": "tiny (much smaller than the model draws)",
     "long_captions": "captions longer than the text encoder reads",

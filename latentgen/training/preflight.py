@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+import psutil  # type: ignore[import-untyped]  # accelerate needs it, so it is there
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -15,29 +16,28 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-EFFICIENCY = 0.35  # of a step, against matrix products of the same machine; see `Forecast.seconds`
-ADAM = 2  # numbers that AdamW keeps of each weight
+from latentgen.training.config import RunConfig
+
+EFFICIENCY = 0.35  # of a step, against matrix products of the same machine
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """`weights`: numbers in the model, of which `trained` are. `flops`: of one micro-batch,
-    forward and backward. `memory`: bytes at its peak."""
+    """`weights`: numbers in the model, of which `trained` are. `forward_flops`: of one micro-batch;
+    `flops`: with the way back. `memory`: bytes at its peak."""
 
     weights: int
     trained: int
+    forward_flops: float
     flops: float
     memory: float
 
-    def seconds(self, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:
-        """How long so many micro-batches take, from how fast the device multiplies matrices now.
-        A guess: within a factor of two where it was tried; the progress bar knows better."""
-        return micro_batches * self.flops / (EFFICIENCY * products_per_second(device, dtype))
 
-
-def forecast(model: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Forecast:
+def forecast(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, bytes_each: int
+) -> Forecast:
     """Count one step of a model on the meta device. `dtype`: of the weights that are not trained
-    and of what is computed; the trained ones are float32."""
+    and of what is computed; `bytes_each`: of a weight that is trained."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept: dict[int, float] = {}
@@ -53,12 +53,25 @@ def forecast(model: nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dt
         model(*inputs)
     own = {id(p.untyped_storage()) for p in model.parameters()}
     activations = sum(numbers for storage, numbers in kept.items() if storage not in own)
-    memory = (weights - trained + activations) * dtype.itemsize + trained * 4 * (2 + ADAM + 1)
+    memory = (weights - trained + activations) * dtype.itemsize + trained * bytes_each
     # backward: once for what flows through, once for the share of weights that learn; and once
     # more forward where activations are not kept
     again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     passes = 2 + trained / weights + again
-    return Forecast(weights, trained, passes * counter.get_total_flops(), memory)
+    forward = counter.get_total_flops()
+    return Forecast(weights, trained, forward, passes * forward, memory)
+
+
+def bytes_each(config: RunConfig) -> int:
+    """What a weight that learns takes, in float32: itself and its gradient, AdamW's two moments,
+    and where there is an average, that and a copy of the weight while the average is measured."""
+    moments = 2 * (1 if config.use_8bit_adam else 4)
+    return 4 + 4 + moments + (4 + 4 if config.ema_decay > 0 else 0)
+
+
+def memory_in_use() -> int:
+    """The bytes that this process takes already, most of them for the libraries."""
+    return psutil.Process().memory_info().rss
 
 
 class FusedAttention(TorchFunctionMode):
@@ -79,13 +92,24 @@ class _Attention(torch.autograd.Function):
         return result
 
 
-def products_per_second(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def expected_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a training, from how fast the device multiplies
+    matrices now. A guess: within a factor of two where it was tried; the progress bar knows better.
+    """
+    return EFFICIENCY * products_per_second(device, dtype)
+
+
+def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in products of square matrices."""
+    size, together = (1024, 1) if device.type == "cpu" else (4096, 10)  # to fill a GPU
     matrix = torch.ones((size, size), device=device, dtype=dtype)
+    (matrix @ matrix)[0, 0].item()  # the first one waits for libraries to load
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < 0.2 or products < 3:
-        (matrix @ matrix)[0, 0].item()
-        products += 1
+        for _ in range(together):
+            product = matrix @ matrix
+        product[0, 0].item()  # waits for all of them
+        products += together
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 

@@ -8,15 +8,17 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from diffusers.utils import logging as diffusers_log
 from PIL import Image
 from torch import Tensor, nn
@@ -43,19 +45,42 @@ from latentgen.training.loop import (
 )
 from latentgen.training.pictures import Picture
 
+PATIENCE = timedelta(hours=12)  # processes wait while one draws samples or reads a whole data set
+
 Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
 
 
 def check_start(config: RunConfig) -> None:
     """Refuse a run that would end before its first step, and leave nothing behind.
 
-    Raises TrainingError for a checkpoint to go on from that is not there and for libraries that
-    are missing, and InvalidRequest for an `output_dir` that cannot be written.
+    Raises TrainingError for a checkpoint to go on from that is not there, for libraries that are
+    missing and for fp16 on a processor, and InvalidRequest for an `output_dir` that cannot be
+    written.
     """
     resolve_checkpoint(config)
     check_folder(config.output_dir, "output_dir")
     if config.use_8bit_adam:
         eight_bit_adam()
+    if config.report_to not in ("none", *map(str, get_available_trackers())):
+        raise TrainingError(
+            f"--report_to {config.report_to} needs `pip install {config.report_to}`"
+        )
+    if precision(config) == "fp16" and device_of_run().type == "cpu":
+        raise TrainingError("fp16 trains on GPUs only; here, use --mixed_precision bf16 or no")
+
+
+def device_of_run() -> torch.device:
+    """Where the run will be: on the best device, unless `accelerate launch` says the processor."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return device
+
+
+def precision(config: RunConfig) -> str:
+    """Of the run: what the settings say, or else `accelerate launch`."""
+    told = config.mixed_precision
+    return told if told is not None else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def start(config: RunConfig) -> Accelerator:
@@ -74,6 +99,7 @@ def start(config: RunConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to if config.report_to != "none" else None,
         project_dir=config.output_dir / "logs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise TrainingError(
@@ -85,8 +111,6 @@ def start(config: RunConfig) -> Accelerator:
             "the settings of `accelerate launch` say another gradient_accumulation_steps: "
             f"{accelerator.gradient_accumulation_steps}, not {config.gradient_accumulation_steps}"
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise TrainingError("fp16 trains on GPUs only; here, use --mixed_precision bf16 or no")
     config.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have said it
     set_seed(config.seed)
     return accelerator
@@ -102,6 +126,7 @@ def run(
     validate: Validation,
     *,
     groups: list[Tensor] | None = None,
+    classes: Sequence[Picture] = (),
     rate_of: Callable[[str], float] = lambda name: 1.0,
     export: Export | None = None,
 ) -> None:
@@ -110,8 +135,8 @@ def run(
     `pictures` are those that the batches' rows name, `data` is their fingerprint, and
     `validate(model)` measures the averaged weights, before the first step and at intervals: numbers
     for the log and, if it has one, a picture. The checkpoint with the lowest `held_out_loss` is
-    kept as `checkpoint-best-<step>`. `groups` and `rate_of`: see `loop`; `export(folder)` writes
-    the result so far into each checkpoint.
+    kept as `checkpoint-best-<step>`. `groups`, `classes` and `rate_of`: see `loop`;
+    `export(folder, step)` writes the result so far into each checkpoint.
 
     Raises TrainingError (see `loop.train`, `checkpoint.load_checkpoint`), and SystemExit once a
     checkpoint is written after SIGTERM or Ctrl-C.
@@ -122,6 +147,8 @@ def run(
     if resume is not None:
         load_checkpoint(state, resume, config, accelerator, data)
         accelerator.print(f"going on from {resume}")
+    elif config.resume_from_checkpoint is not None:
+        accelerator.print(f"no checkpoint in {config.output_dir}: a new run begins")
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(as_json(config), indent=2) + "\n"
@@ -150,7 +177,8 @@ def run(
     with stop_requests() as requested, bar:
         if accelerator.is_main_process:
             accelerator.log(measure(), step=state.step)
-        for report in train(state, loss_function, config, accelerator, pictures, groups):
+        steps = train(state, loss_function, config, accelerator, pictures, groups, classes)
+        for report in steps:
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
             numbers = {

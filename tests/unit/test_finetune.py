@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,24 @@ from latentgen import LatentDiffusion
 from latentgen.errors import DataError, InvalidRequest, TrainingError
 from latentgen.lora import read_lora
 from latentgen.modelfolder import find
-from latentgen.training import finetune, objective
+from latentgen.training import config as config_module
+from latentgen.training import finetune, objective, run
 from latentgen.training.buckets import bucket_of, bucket_sizes
 from latentgen.training.data import Batch, Order, pixel_batches
 from latentgen.training.encoders import Encoders
 from latentgen.training.finetune import Latents
 from latentgen.training.lesson import Lesson
 from latentgen.training.loop import new_state
-from latentgen.training.methods import LoraConfigFlags, WordEmbedding
-from latentgen.training.pictures import Picture, kohya_flags, read_kohya, shuffled, with_masks
+from latentgen.training.methods import LoraConfigFlags, WordEmbedding, architecture
+from latentgen.training.pictures import (
+    Picture,
+    kohya_flags,
+    read_dataset,
+    read_kohya,
+    shuffled,
+    with_masks,
+)
+from latentgen.training.preflight import bytes_each
 
 SCRIPTS = Path(__file__).parents[2] / "training"
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -173,6 +183,13 @@ def test_a_kohya_file_is_read_whole(tmp_path):
         ("num_repeats = 2", "no image_dir"),
         ("image_dir = 'things'\nmetadata_file = 'all.json'", "metadata_file"),
         ("image_dir = 'things'\nis_reg = true\nflip_aug = true", "no flips and no masks"),
+        ("image_dir = 3", r"set\.toml: image_dir must be a text; it is 3"),
+        ("image_dir = 'things'\nnum_repeats = '2'", "num_repeats must be a whole number, 1 or"),
+        ("image_dir = 'things'\nnum_repeats = 0", "num_repeats must .* it is 0"),
+        ("image_dir = 'things'\nnum_repeats = 1.5", "num_repeats must .* it is 1.5"),
+        ("image_dir = 'things'\nkeep_tokens = true", "keep_tokens must .* it is True"),
+        ("image_dir = 'things'\nflip_aug = 'yes'", "flip_aug must be true or false"),
+        ("image_dir = 'things'\ncaption_dropout_rate = '0.1'", "must be a number"),
     ]:
         file.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{wrong}\n")
         with pytest.raises(DataError, match=told):
@@ -216,6 +233,31 @@ def test_a_dataset_of_hugging_face_is_read(tmp_path, model):
         train_lora(
             model, None, tmp_path / "b", dataset_name=tmp_path / "saved", caption_column="caption"
         )
+
+
+def test_another_dataset_in_the_same_folder_has_its_own_pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for number, shade in enumerate((10, 200)):
+        rows = {"image": [Image.new("RGB", (8, 8), (shade, 0, 0))], "text": ["a"]}
+        saved = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        saved.save_to_disk(str(tmp_path / str(number)))
+        (picture,) = read_dataset(str(tmp_path / str(number)), "image", "text", tmp_path / "out")
+        assert Image.open(picture.file).getpixel((0, 0)) == (shade, 0, 0)
+
+
+def test_a_bad_row_of_a_dataset_is_named(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = (folder / "red.png").read_bytes()
+    for name, image, texts, told in [
+        ("number", whole, [[1], [2]], r"row 0 has \[1\] in 'text'; it must be a text"),
+        ("torn", whole[:70], ["a", "b"], "the picture of row 1 cannot be read"),
+        ("none", None, ["a", "b"], "row 1 has no picture in 'image'"),
+    ]:
+        images = [{"bytes": one, "path": None} if one else None for one in (whole, image)]
+        rows = datasets.Dataset.from_dict({"image": images, "text": texts})
+        rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / name))
+        with pytest.raises(DataError, match=told):
+            read_dataset(str(tmp_path / name), "image", "text", tmp_path / "out")
 
 
 def one_black_mask(folder: Path) -> None:
@@ -280,6 +322,11 @@ BROKEN = {
         {},
         r"2 missing.*\n.*gone\.png",
     ),
+    "unlisted": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a"}'),
+        {},
+        r"5 not listed in metadata\.jsonl; --allow unlisted: left out:\n.*black\.png",
+    ),
     "resolution": (lambda f: None, {"resolution": 44}, "44 is no multiple of 8"),
     "too many held out": (lambda f: None, {"num_held_out": 6}, "leave none to train on"),
 }
@@ -322,6 +369,22 @@ def test_problems_may_be_allowed_by_name(folder, model, tmp_path, capsys):
     assert "5 pictures" in told
 
 
+def test_pictures_that_the_listing_leaves_out_may_be_allowed(folder, model, tmp_path, capsys):
+    """And masks in a folder inside that of the pictures are no pictures."""
+    listing = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS[:4]]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, listing)))
+    (folder / "masks").mkdir()
+    Image.new("L", (32, 32), 255).save(folder / "masks" / "red.png")
+    flags = {"allow": ["unlisted"], "mask_data_dir": folder / "masks", "dry_run": True}
+    train_lora(model, folder, tmp_path / "out", **flags)
+    told = capsys.readouterr().out
+    assert "2 not listed in metadata.jsonl, left out" in told
+    assert "4 pictures" in told
+    assert "1 with a loss mask" in told
+    (folder / "metadata.jsonl").rename(folder / "some.jsonl")
+    train_lora(model, folder, tmp_path / "out", metadata_file="some.jsonl", dry_run=True)
+
+
 def test_a_dry_run_tells_and_leaves_nothing(folder, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
     flags = {"dry_run": True, "repeats": 3, "num_train_epochs": 4, "max_train_steps": 0}
@@ -340,6 +403,7 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
     monkeypatch.setattr(LatentDiffusion, "from_pretrained", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setattr(run, "get_available_trackers", list)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for dry in (True, False):
@@ -347,6 +411,13 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
             train_lora(model, folder, tmp_path / "file" / "out", dry_run=dry)
         with pytest.raises(TrainingError, match="pip install bitsandbytes"):
             train_lora(model, folder, tmp_path / "out", dry_run=dry, use_8bit_adam=True)
+        for flags, told in [
+            ({"report_to": "tensorboard"}, "--report_to tensorboard needs"),
+            ({"mixed_precision": "fp16"}, "fp16 trains on GPUs only"),
+            ({"enable_xformers_memory_efficient_attention": True}, "needs an NVIDIA GPU"),
+        ]:
+            with pytest.raises(TrainingError, match=told):
+                train_lora(model, folder, tmp_path / "out", dry_run=dry, **flags)
         with pytest.raises(DataError, match=r"no picture in .*empty \(\.avif, "):
             train_lora(model, tmp_path / "empty", tmp_path / "out", dry_run=dry)
         for name in ("learning_rate", "noise_offset", "lora_dropout"):
@@ -355,6 +426,16 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
                     train_lora(model, folder, tmp_path / "out", dry_run=dry, **{name: value})
                 assert f"{name}: {value} is" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "pictures"]
+
+
+def test_cached_states_are_those_of_these_texts_in_this_order(model, tmp_path):
+    pipe = LatentDiffusion.from_pretrained(model)
+    encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    for texts in (["a", "b", "c"], ["a", "c", "b"], ["a", "b"]):
+        found = encoders.cached_states(texts, tmp_path)
+        assert torch.equal(found, encoders.states(texts))
+        assert torch.equal(found, encoders.cached_states(texts, tmp_path))
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 # The objective.
@@ -489,7 +570,9 @@ def test_a_fresh_lora_changes_nothing(folder, model, tmp_path):
     assert abs(pipe.generate("a dot", **request).images - plain).max() < 1e-6
 
 
-def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, monkeypatch):
+def test_the_file_tells_how_it_was_made_and_repeats_it(
+    folder, model, tmp_path, monkeypatch, capsys
+):
     file = train_lora(model, folder, tmp_path / "one", seed=5, snr_gamma=5.0, lora_dropout=0.5)
     with safe_open(file, "pt") as content:
         header = content.metadata()
@@ -499,22 +582,42 @@ def test_the_file_tells_how_it_was_made_and_repeats_it(folder, model, tmp_path, 
     manifest = json.loads(header["latentgen.manifest"])
     assert manifest["config"]["seed"] == 5
     assert manifest["versions"].keys() == {"latentgen", "torch", "diffusers", "peft"}
-    start("train_lora", **{"from": file, "output_dir": tmp_path / "two", "output_name": "two"})
+    assert manifest["step"] == 4
+    assert str(tmp_path) not in str(header)  # of folders it tells the names
+    assert manifest["config"]["train_data_dir"] == "pictures"
+    assert header["ss_seed"] == "5"
+    tags = {f"a {colour} dot": 1 for colour in COLOURS}
+    assert json.loads(header["ss_tag_frequency"]) == {"pictures": tags}
+    again = {"from": file, "train_data_dir": folder, "pretrained_model_name_or_path": model}
+    start("train_lora", **again, output_dir=tmp_path / "two", output_name="two")
+    assert "one.safetensors" not in capsys.readouterr().out
     first, second = load_file(file), load_file(tmp_path / "two" / "two.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     (folder / "red.txt").write_text("something else")
     with pytest.raises(TrainingError, match="the pictures: not as in"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "three"})
+        start("train_lora", **again, output_dir=tmp_path / "three")
     save_file({"a": torch.ones(1)}, tmp_path / "strange.safetensors")
     with pytest.raises(SystemExit):
         start("train_lora", **{"from": tmp_path / "strange.safetensors", "output_dir": "x"})
     (folder / "red.txt").write_text("a red dot")
+    other = shutil.copytree(model, tmp_path / "other")
+    (weights,) = (other / "text_encoder").glob("*.safetensors")
+    values = {name: value * 2 for name, value in load_file(weights).items()}
+    save_file(values, weights, {"format": "pt"})
+    told = again | {"pretrained_model_name_or_path": other}
     with pytest.raises(TrainingError, match="the model: not as in"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "four", "expect_model": "0"})
+        start("train_lora", **told, output_dir=tmp_path / "four")
+    part = tmp_path / "one" / "checkpoint-2" / "result" / "one.safetensors"
+    here = config_module.versions() | {"torch": "0.4"}
+    monkeypatch.setattr(config_module, "versions", lambda: here)
+    start("train_lora", **(again | {"from": part}), output_dir=tmp_path / "x", dry_run=True)
+    told = capsys.readouterr().out
+    assert "one.safetensors is of step 2 of a run of 4; all of that run is repeated" in told
+    assert f"was made with torch {torch.__version__}; here is 0.4" in told
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="the processes"):
-        start("train_lora", **{"from": file, "output_dir": tmp_path / "five"})
+        start("train_lora", **again, output_dir=tmp_path / "five")
 
 
 def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, monkeypatch):
@@ -544,7 +647,7 @@ def test_settings_reach_the_optimizer_and_the_adapter(folder, model, tmp_path, m
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(TrainingError, match="bitsandbytes"):
         train_lora(model, folder, tmp_path / "out", use_8bit_adam=True)
-    with pytest.raises(InvalidRequest, match="xformers"):
+    with pytest.raises(TrainingError, match="xformers"):
         train_lora(model, folder, tmp_path / "x", enable_xformers_memory_efficient_attention=True)
 
 
@@ -605,6 +708,13 @@ def test_pivotal_tuning_learns_both(folder, model, tmp_path):
     file = train_lora(model, folder, tmp_path / "out", placeholder_token="<x>", embedding_lr=1.0)
     (vectors,) = load_file(tmp_path / "out" / "embeddings" / "out.safetensors").values()
     assert vectors.abs().max() > 1  # it moved at its own rate
+    draw_pictures(tmp_path / "class", 2, size=(40, 40))
+    (tmp_path / "set.toml").write_text(
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\ncaption_extension = '.txt'\n"
+        "[[datasets.subsets]]\nimage_dir = 'class'\ncaption_extension = '.txt'\nis_reg = true\n"
+    )  # pictures of the class show what does not have the word
+    flags = {"dataset_config": tmp_path / "set.toml", "placeholder_token": "<x>"}
+    train_lora(model, None, tmp_path / "class-too", dry_run=True, **flags)
     (folder / "red.txt").write_text("a dot like another")
     with pytest.raises(DataError, match=r"red\.png: its caption does not hold <x>"):
         train_lora(model, folder, tmp_path / "silent", placeholder_token="<x>")
@@ -634,7 +744,7 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
         "allow": ["duplicates"],
     }
     dreambooth(model, folder, tmp_path / "dry", dry_run=True, **prior)
-    assert "3 pictures of 'dot' will be drawn" in capsys.readouterr().out
+    assert "3 pictures of 'dot' will be drawn first, in about" in capsys.readouterr().out
     assert not (tmp_path / "class").exists()
     dreambooth(model, folder, tmp_path / "one", **prior)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
@@ -644,8 +754,10 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
     one, two = (load_file(tmp_path / n / f"{n}.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(DataError, match="holds pictures of 'dot'"):
-        dreambooth(model, folder, tmp_path / "x", **(prior | {"class_prompt": "cat"}))
+    other = prior | {"class_prompt": "cat"}
+    for dry in (True, False):
+        with pytest.raises(DataError, match="holds pictures of 'dot'"):
+            dreambooth(model, folder, tmp_path / "x", **other, dry_run=dry)
     with pytest.raises(SystemExit):
         dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
     assert "--class_prompt and --class_data_dir" in capsys.readouterr().err
@@ -776,9 +888,27 @@ def test_kinds_of_adapters_differ(folder, model, tmp_path):
     alphas = [name for name in plain if name.endswith(".alpha")]
     assert {plain[name].item() for name in alphas} == {4.0}
     assert {stable[name].item() for name in alphas} == {8.0}  # alpha / sqrt(4) is 8 / 4
+    with safe_open(tmp_path / "stable" / "stable.safetensors", "pt") as content:
+        assert content.metadata()["ss_network_alpha"] == "8"
     ups = [name for name in plain if name.endswith("lora_up.weight")]
     assert any(not torch.equal(plain[name], dropped[name]) for name in ups)
     assert dora.keys() - plain.keys() == {name.replace(".alpha", ".dora_scale") for name in alphas}
+
+
+def test_the_architecture_is_called_as_modelspec_does():
+    assert architecture(768, "epsilon") == "stable-diffusion-v1"
+    assert architecture(1024, "epsilon") == "stable-diffusion-v2-512"
+    assert architecture(1024, "v_prediction") == "stable-diffusion-v2-768-v"
+
+
+def test_what_a_weight_takes(folder, tmp_path):
+    def bytes_of(**flags: object) -> int:
+        settings = {"train_data_dir": folder, "output_dir": tmp_path / "out"} | flags
+        return bytes_each(LoraConfigFlags(**settings))
+
+    assert bytes_of() == 4 * 4  # itself, its gradient, two moments
+    assert bytes_of(use_8bit_adam=True) == 2 * 4 + 2
+    assert bytes_of(ema_decay=0.9) == 6 * 4
 
 
 def test_pictures_are_mirrored_with_their_masks_and_repeated(folder, model, tmp_path):
@@ -830,6 +960,10 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
         ({"repeats": 0}, "repeats: 0"),
         ({"output_name": "a/b"}, "no plain name"),
         ({"optimizer": "muon"}, "adamw"),
+        ({"lora_alpha": 0}, "lora_alpha: 0.0; use more than 0"),
+        ({"train_text_encoder": True, "text_encoder_lr": -1}, "text_encoder_lr: -1.0"),
+        ({"num_held_out": -3}, "num_held_out: -3 is too small"),
+        ({"snr_gamma": -1}, "snr_gamma: -1.0 is too small"),
     ]:
         with pytest.raises(SystemExit):
             train_lora(model, folder, tmp_path / "out", **flags)

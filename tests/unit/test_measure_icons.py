@@ -2,10 +2,12 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
@@ -33,6 +35,20 @@ def test_a_drawing_is_right_if_its_own_icon_is_nearest():
     drawn = [plain("red"), plain("lime"), plain("magenta"), plain("cyan")]
     assert bench.right(drawn, bank, [0, 1, 5, 4]) == {"top_1": 1.0, "top_5": 1.0}
     assert bench.right(drawn, bank, [0, 1, 0, 0]) == {"top_1": 0.5, "top_5": 0.75}
+
+
+def test_pictures_are_reconstructed_as_precisely_as_the_model_is():
+    """A GPU's model has half precision; its pictures come in bytes."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(4,) * 4,
+        decoder_block_out_channels=(4,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).to(torch.bfloat16)
+    bench = measure_icons.Bench.__new__(measure_icons.Bench)
+    bench.pipe = SimpleNamespace(vae=vae)
+    (found,) = bench.reconstruct([plain("red")])
+    assert found.size == (16, 16)
 
 
 def test_the_frame_tells_the_background():

