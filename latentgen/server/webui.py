@@ -215,8 +215,7 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
         hint = "true: the settings of others stay as they are"
         raise InvalidRequest("override_settings_restore_afterwards", False, hint)
     name = asked.sampler_name or asked.sampler_index or "Euler"
-    if not _says_schedule(name):
-        name = f"{name} {asked.scheduler or 'Automatic'}"
+    name = f"{name} {asked.scheduler or 'Automatic'}"  # the first may say it, too: they must agree
     eta = asked.eta if asked.eta is not None else 0.0
     if not schedulers.parse(name).entry.eta:
         if eta not in (0, 1):
@@ -243,11 +242,6 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
 def _or(value: Any, default: Any) -> Any:
     """Their null is their default."""
     return value if value is not None else default
-
-
-def _says_schedule(name: str) -> bool:
-    parsed = schedulers.parse(name)
-    return name.lower() != parsed.entry.label.lower() and bool(parsed.spread or parsed.spacing)
 
 
 def _refuse_the_rest(asked: TextToImage) -> None:

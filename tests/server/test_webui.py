@@ -196,3 +196,13 @@ def test_companions_answer(server, picture):
     told = post(server, "png-info", image=drawn)
     assert told["info"].startswith("a cat\nSteps: 3,")
     assert (told["parameters"]["Steps"], told["parameters"]["Size-1"]) == ("3", "32")
+
+
+def test_a_sampler_and_a_schedule_type_must_agree(server):
+    asked = {"prompt": "a", "steps": 2, "width": 32, "height": 32}
+    asked |= {"sampler_name": "DPM++ 2M Karras"}
+    for kind in ("Karras", "Automatic", None):
+        info = json.loads(post(server, "txt2img", **asked, scheduler=kind)["info"])
+        assert "Schedule type: Karras," in info["infotexts"][0]
+    told = post(server, "txt2img", 400, **asked, scheduler="Exponential")["detail"]
+    assert "exponential and karras exclude each other" in told
