@@ -23,7 +23,7 @@ from .. import metadata
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
 from ..outputs import write_file
-from ..request import MAX_IMAGES, MAX_SEED, Request
+from ..request import Request
 from .settings import Settings
 
 __all__ = [
@@ -44,7 +44,7 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # formats of pictures that are sent
 MAX_PROMPT = 20_000  # characters
 MAX_PREVIEWS = 50
-LAST_SEED = MAX_SEED - MAX_IMAGES  # each picture has its own, counted from the first one's
+LAST_SEED = 2**63 - 1024  # the last number that the OpenAPI document, which has floats, can tell
 
 
 class LoraChoice(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import FileResponse
@@ -75,6 +75,10 @@ class JobView(BaseModel):
 
 class JobList(BaseModel):
     jobs: list[JobView]
+
+
+class Deleted(BaseModel):
+    deleted: str = Field(description="the id")
 
 
 class Page(BaseModel):
@@ -195,10 +199,10 @@ async def cancel_job(state: TheJob, service: TheService) -> JobView:
 
 
 @router.delete("/jobs/{id}")
-async def delete_job(state: TheJob, service: TheService) -> dict[Literal["deleted"], str]:
+async def delete_job(state: TheJob, service: TheService) -> Deleted:
     """Cancel a job if it has not ended, and delete it with its pictures."""
     await service.delete(state)
-    return {"deleted": state.id}
+    return Deleted(deleted=state.id)
 
 
 @router.get("/images")

@@ -108,6 +108,9 @@ SCHEDULE_TYPES = (
     "DDIM",
     "Beta",
 )
+NOTHING: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "null"}}}}
+}
 NAMES = {  # of our fields, in this API
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
@@ -565,7 +568,7 @@ async def interrupt(service: TheService) -> dict[str, str]:
     return {}
 
 
-@router.post("/skip")
+@router.post("/skip", responses=NOTHING)
 async def skip(service: TheService) -> None:
     """The same: a request has one batch here."""
     await interrupt(service)
@@ -639,7 +642,7 @@ def options_now(service: TheService) -> Options:
     return Options(sd_model_checkpoint=_title(found), sd_checkpoint_hash=found.hash())
 
 
-@router.post("/options")
+@router.post("/options", responses=NOTHING)
 def set_options(options: dict[str, Any], service: TheService) -> None:
     """The server's settings are its operator's: only what is so already may be set."""
     now = options_now(service).model_dump()

@@ -225,11 +225,13 @@ def test_the_openapi_document_tells_every_answer(server):
     told = server.http.get("/openapi.json").json()
     for path, methods in told["paths"].items():
         for method, facts in methods.items():
+            if facts["tags"] == ["operation"]:
+                continue
             good = next(answer for code, answer in facts["responses"].items() if code[0] == "2")
             assert good["content"], (method, path)
             for kind, content in good["content"].items():
-                schema = content.get("schema", {})
-                empty = schema.get("type") == "object" and "properties" not in schema
-                assert kind != "application/json" or (schema and not empty), (method, path)
+                bare = ({}, {"type": "object"}, {"type": "object", "additionalProperties": True})
+                schema = {k: v for k, v in content.get("schema", {}).items() if k != "title"}
+                assert kind != "application/json" or schema not in bare, (method, path)
     pictures = told["paths"]["/images/{day}/{name}"]["get"]["responses"]["200"]["content"]
     assert set(pictures) == {"image/png", "image/jpeg", "image/webp", "image/avif"}
