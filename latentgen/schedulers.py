@@ -33,7 +33,8 @@ class Entry:
         about: one line for people.
         options: what to change in the model's scheduler configuration.
         aliases: other names, in our spelling.
-        spread_by_default: what the WebUI's schedule type "Automatic" means for it.
+        spread_by_default: what the WebUI's schedule type "Automatic" means for it, if the name
+            does not say more.
         spreads: whether it takes karras, exponential and beta noise levels.
         eta: whether its step takes `eta`.
         sample: whether it runs models that predict the clean sample.
@@ -186,14 +187,15 @@ def parse(text: str) -> SchedulerName:
     """Understand a scheduler's name.
 
     Raises:
-        InvalidRequest: nobody calls a scheduler that (the nearest names are told), or the scheduler
-            cannot have its noise levels spread like that.
+        InvalidRequest: nobody calls a scheduler that (the nearest names are told), the scheduler
+            cannot have its noise levels spread like that, or two ways are named.
     """
     if not isinstance(text, str):
         raise InvalidRequest("scheduler", text, "the name of a scheduler, for example 'euler'")
     rest = re.sub(r"[\s_:]+", " ", text.strip().lower())
     rest = rest.replace("dpmpp", "dpm++").replace(" sde gpu", " sde")
-    spread = spacing = None
+    spreads: set[str] = set()
+    spacings: set[str] = set()
     automatic = False
     while True:
         for words, meaning in _SUFFIXES.items():
@@ -201,10 +203,8 @@ def parse(text: str) -> SchedulerName:
                 continue
             if words == "automatic":
                 automatic = True
-            elif meaning in SPREADS:
-                spread = spread or meaning
             else:
-                spacing = spacing or meaning
+                (spreads if meaning in SPREADS else spacings).add(meaning)
             rest = rest.removesuffix(" " + words)
             break
         else:
@@ -218,7 +218,12 @@ def parse(text: str) -> SchedulerName:
         raise InvalidRequest(
             "scheduler", text, f"no such scheduler; {hint}`latentgen schedulers` lists them all"
         )
-    if automatic and not spread:
+    for said in (spreads, spacings):
+        if len(said) > 1:
+            hint = f"{' and '.join(sorted(said))} exclude each other; name one"
+            raise InvalidRequest("scheduler", text, hint)
+    spread, spacing = next(iter(spreads), None), next(iter(spacings), None)
+    if automatic and not spread and not spacing:
         spread = NAMES[name].spread_by_default or None
     if spread and spread != "normal" and not _can_spread(name, spread):
         able = [other for other in NAMES if _can_spread(other, spread)]

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from PIL import Image, ImageOps
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
@@ -23,10 +23,13 @@ from .. import metadata
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
 from ..outputs import write_file
-from ..request import MAX_SEED, Request
+from ..request import Request
 from .settings import Settings
 
 __all__ = [
+    "FORMATS",
+    "LAST_SEED",
+    "MAX_PROMPT",
     "Drawing",
     "Job",
     "LoraChoice",
@@ -41,6 +44,7 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # formats of pictures that are sent
 MAX_PROMPT = 20_000  # characters
 MAX_PREVIEWS = 50
+LAST_SEED = 2**63 - 1024  # the last number that the OpenAPI document, which has floats, can tell
 
 
 class LoraChoice(BaseModel):
@@ -59,11 +63,20 @@ class LoraChoice(BaseModel):
         return LoraUse(self.name, self.weight, self.weight if of_text is None else of_text)
 
 
+def _tell_aliases(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Other names of fields, which pydantic takes but does not tell the OpenAPI document."""
+    told = schema["properties"]
+    for name, field in kind.model_fields.items():
+        if isinstance(field.validation_alias, AliasChoices):
+            for alias in field.validation_alias.choices[1:]:
+                told[alias] = told[name] | {"title": alias, "description": f"the same as {name}"}
+
+
 class Drawing(BaseModel):
     """What to draw; the names are those of Python. Pictures are base64, with or without
     `data:image/…;base64,` before it; nothing is ever fetched from a URL."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_aliases)
 
     prompt: str = Field(max_length=MAX_PROMPT, description="`<lora:name:0.8>` works here too")
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
@@ -76,7 +89,7 @@ class Drawing(BaseModel):
         default=None, max_length=100, validation_alias=AliasChoices("scheduler", "sampler")
     )
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="default: drawn, and told"
+        default=None, ge=0, le=LAST_SEED, description="default: drawn, and told"
     )
     num_images: int = Field(default=1, ge=1, validation_alias=AliasChoices("num_images", "n"))
     height: int | None = Field(default=None, ge=1)
@@ -98,7 +111,9 @@ class Drawing(BaseModel):
         description="draw only the part around the mask, with this margin in pixels",
     )
     output_format: Literal["png", "jpeg", "webp", "avif"] = "png"
-    quality: Annotated[int, Field(ge=1, le=100)] = metadata.QUALITY
+    quality: int = Field(
+        default=metadata.QUALITY, ge=1, le=100, description="not of PNG, which loses nothing"
+    )
     previews: int = Field(default=0, ge=0, le=MAX_PREVIEWS, description="sent while it is drawn")
 
 
@@ -197,7 +212,14 @@ def accept(
         if value > most:
             what = "pixels in all" if field == "width" else "here"
             raise InvalidRequest(field, getattr(resolved, field), f"at most {most} {what}")
-    metadata.check_fits(FORMATS[drawing.output_format], resolved)
+    form = drawing.output_format
+    if form == "png" and "quality" in drawing.model_fields_set and drawing.quality != 100:
+        hint = "PNG loses nothing; it goes with the other formats"
+        raise InvalidRequest("quality", drawing.quality, hint)
+    try:
+        metadata.check_fits(FORMATS[form], resolved)
+    except InvalidRequest as error:
+        raise InvalidRequest("output_format", form, error.hint) from error
 
     pictures = {"image": request.image, "mask_image": request.mask_image}
     given = {name: picture for name, picture in pictures.items() if picture is not None}
@@ -208,7 +230,7 @@ def accept(
         request=metadata.recorded(resolved),
         seeds=resolved.seeds,
         inputs=list(given),
-        output_format=drawing.output_format,
+        output_format=form,
         quality=drawing.quality,
         previews=drawing.previews,
     )

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from .drawing import Drawing
+from .drawing import FORMATS, Drawing
 from .jobs import JobState, Status
 from .service import Service
 
-__all__ = ["ProgressView", "router", "service_of", "view"]
+__all__ = ["ProgressView", "pictures_of", "router", "service_of", "view"]
 
 router = APIRouter(tags=["jobs"])
 
 # of endpoints that answer with something else than JSON
 NO_SUCH: dict[int | str, dict[str, Any]] = {
     404: {"description": "There is no such one", "content": {"application/json": {}}}
+}
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {f"image/{form}": {} for form in FORMATS}}
 }
 
 
@@ -64,13 +68,30 @@ class JobView(BaseModel):
     seeds: list[int]
     output_format: str
     progress: ProgressView | None
-    images: list[ImageView] = Field(description="of a job that is done")
+    images: list[ImageView] = Field(description="of a job that is done; without those deleted")
     seconds: float | None = Field(description="that drawing took")
     error: str | None = Field(description="why it failed")
 
 
 class JobList(BaseModel):
     jobs: list[JobView]
+
+
+class Deleted(BaseModel):
+    deleted: str = Field(description="the id")
+
+
+class Page(BaseModel):
+    """Which part of a list is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(50, ge=1, le=200)
+    offset: int = Field(0, ge=0, le=2**31)
+
+
+class JobPage(Page):
+    status: Status | None = None
 
 
 class GalleryView(BaseModel):
@@ -102,10 +123,21 @@ def view(service: Service, state: JobState) -> JobView:
         images=[
             ImageView(url=f"/images/{name}", seed=seed)
             for name, seed in zip(names, job.seeds, strict=False)
+            if service.picture(name) is not None
         ],
         seconds=state.result["seconds"] if state.result is not None else None,
         error=None if state.error is None else service.settings.told(state.error),
     )
+
+
+def pictures_of(service: Service, state: JobState) -> list[tuple[int, bytes]]:
+    """The pictures of a job that is done, each with its seed; without those that somebody deleted
+    meanwhile. It reads files: not for the event loop."""
+    found = []
+    for seed, file in zip(state.job.seeds, service.pictures(state), strict=False):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((seed, file.read_bytes()))
+    return found
 
 
 @router.post("/jobs", status_code=202)
@@ -116,14 +148,9 @@ async def submit(drawing: Drawing, service: TheService) -> Accepted:
 
 
 @router.get("/jobs")
-def list_jobs(
-    service: TheService,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
-    status: Status | None = None,
-) -> JobList:
+def list_jobs(service: TheService, page: Annotated[JobPage, Query()]) -> JobList:
     """Jobs, the newest first."""
-    states = service.jobs.newest(limit, offset, status)
+    states = service.jobs.newest(page.limit, page.offset, page.status)
     return JobList(jobs=[view(service, state) for state in states])
 
 
@@ -172,27 +199,23 @@ async def cancel_job(state: TheJob, service: TheService) -> JobView:
 
 
 @router.delete("/jobs/{id}")
-async def delete_job(state: TheJob, service: TheService) -> dict[Literal["deleted"], str]:
+async def delete_job(state: TheJob, service: TheService) -> Deleted:
     """Cancel a job if it has not ended, and delete it with its pictures."""
     await service.delete(state)
-    return {"deleted": state.id}
+    return Deleted(deleted=state.id)
 
 
 @router.get("/images")
-def list_images(
-    service: TheService,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
-) -> GalleryView:
+def list_images(service: TheService, page: Annotated[Page, Query()]) -> GalleryView:
     """Finished pictures, the newest first, by their files alone."""
-    return GalleryView(images=[f"/images/{name}" for name in service.gallery(limit, offset)])
+    names = service.gallery(page.limit, page.offset)
+    return GalleryView(images=[f"/images/{name}" for name in names])
 
 
-@router.get("/images/{day}/{name}", response_class=FileResponse, responses=NO_SUCH)
+@router.get("/images/{day}/{name}", response_class=FileResponse, responses=PICTURE | NO_SUCH)
 def get_image(day: str, name: str, service: TheService) -> FileResponse:
     """A picture, with its metadata inside."""
     file = service.picture(f"{day}/{name}")
     if file is None:
         raise HTTPException(404, "there is no such picture")
-    kind = {"jpg": "jpeg"}.get(file.suffix[1:], file.suffix[1:])
-    return FileResponse(file, media_type=f"image/{kind}")
+    return FileResponse(file, media_type=f"image/{file.suffix[1:]}")

@@ -19,24 +19,27 @@ field is an error.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from PIL import Image, ImageChops
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from .. import metadata
 from ..errors import InvalidRequest
-from .drawing import MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture
-from .native import TheService
+from .drawing import LAST_SEED, MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture
+from .native import TheService, pictures_of
 from .service import Service
 
 __all__ = ["router"]
@@ -55,9 +58,9 @@ NAMES = {  # of our fields, in this API
 }
 
 
-# an answer in one piece, or a stream of events
-EITHER: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+# besides an answer in one piece, a stream of events
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
 
 
@@ -72,7 +75,7 @@ class Common(BaseModel):
     response_format: Literal["url", "b64_json"] | None = None
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, le=LAST_SEED)
     steps: int | None = Field(None, ge=1)
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     guidance_scale: float | None = None
@@ -107,18 +110,65 @@ class Variation(Common):
     strength: float | None = Field(None, ge=0, le=1)
 
 
-def _form(kind: type[BaseModel], files: dict[str, bool]) -> dict[str, Any]:
-    """What the OpenAPI document says of a form: fields, and files that must or may come along."""
+class Picture(BaseModel):
+    """One of `b64_json` and `url`."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class Usage(BaseModel):
+    total_tokens: int
+    input_tokens: int
+    output_tokens: int
+    input_tokens_details: dict[str, int]
+
+
+class Answer(BaseModel):
+    """The answer of all three endpoints."""
+
+    created: int
+    data: list[Picture]
+    size: str
+    quality: str
+    background: str
+    output_format: str
+    usage: Usage
+
+
+class ModelView(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "latentgen"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelView]
+
+
+def _form(kind: type[BaseModel], files: set[str]) -> dict[str, Any]:
+    """What the OpenAPI document says of a form: the fields, the image under one of its two names,
+    and files that may come along."""
     fields = kind.model_json_schema()
     properties = fields["properties"] | {"loras": {"type": "string", "description": "JSON"}}
-    properties |= {name: {"type": "string", "format": "binary"} for name in files}
-    needed = fields.get("required", []) + [name for name, must in files.items() if must]
-    schema = {"type": "object", "properties": properties, "required": needed}
+    texts = {"type": "array", "items": {"type": "string"}}
+    properties |= {f"loras[][{name}]": texts for name in LoraChoice.model_fields}
+    file = {"type": "string", "format": "binary"}
+    properties |= dict.fromkeys(("image", "image[]", *sorted(files)), file)
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "required": fields.get("required", []),
+        "oneOf": [{"required": ["image"]}, {"required": ["image[]"]}],
+    }
     content = {"multipart/form-data": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-@router.post("/images/generations", response_model=None, responses=EITHER)
+@router.post("/images/generations", response_model=Answer, responses=STREAM)
 async def generations(asked: Generation, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
     return await _answer(service, request, asked, "image_generation")
@@ -126,9 +176,9 @@ async def generations(asked: Generation, request: Request, service: TheService) 
 
 @router.post(
     "/images/edits",
-    response_model=None,
-    responses=EITHER,
-    openapi_extra=_form(Edit, {"image": True, "mask": False}),
+    response_model=Answer,
+    responses=STREAM,
+    openapi_extra=_form(Edit, {"mask"}),
 )
 async def edits(request: Request, service: TheService) -> Response:
     """Repaint what is transparent in the mask or the image; without any, redraw the image."""
@@ -146,11 +196,7 @@ async def edits(request: Request, service: TheService) -> Response:
     return await _answer(service, request, asked, "image_edit", image, repaint)
 
 
-@router.post(
-    "/images/variations",
-    response_model=None,
-    openapi_extra=_form(Variation, {"image": True}),
-)
+@router.post("/images/variations", response_model=Answer, openapi_extra=_form(Variation, set()))
 async def variations(request: Request, service: TheService) -> Response:
     """Redraw a picture, by the prompt that its metadata tells or by `prompt`, a field of ours."""
     async with request.form(max_files=2, max_fields=100) as form:
@@ -159,8 +205,7 @@ async def variations(request: Request, service: TheService) -> Response:
     image = files["image"]
     prompt = asked.prompt
     if prompt is None:
-        text = metadata.text_of(image)
-        prompt = metadata.parse_infotext(text).prompt if text is not None else None
+        prompt = await service.aside(_prompt_of, image)
     if not prompt:
         hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
         raise InvalidRequest("prompt", None, hint)
@@ -169,22 +214,17 @@ async def variations(request: Request, service: TheService) -> Response:
 
 
 @router.get("/models")
-def models(service: TheService) -> dict[str, Any]:
+def models(service: TheService) -> ModelList:
     """The models there are."""
-    listed = [_model(name) for name in service.settings.models()]
-    return {"object": "list", "data": listed}
+    return ModelList(data=[ModelView(id=name) for name in service.settings.models()])
 
 
 @router.get("/models/{id:path}")
-def model(id: str, service: TheService) -> dict[str, Any]:
+def model(id: str, service: TheService) -> ModelView:
     """One of them."""
     if id not in service.settings.models():
         raise HTTPException(404, f"there is no model {id[:200]!r}")
-    return _model(id)
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "latentgen"}
+    return ModelView(id=id)
 
 
 async def _answer(
@@ -219,20 +259,18 @@ async def _answer(
         raise HTTPException(500, state.error or "the job failed")
     if state.status == "cancelled":
         raise HTTPException(400, "the job was cancelled")
-    data = []
-    for file in service.pictures(state):
+
+    def told() -> Response:
         if asked.response_format == "b64_json":
-            data.append({"b64_json": base64.b64encode(file.read_bytes()).decode()})
+            data = [{"b64_json": _encoded(file)} for _, file in pictures_of(service, state)]
         else:
-            name = f"{file.parent.name}/{file.name}"
-            data.append({"url": str(request.url_for("get_image", **_parts(name)))})
-    body = {"created": int(job.created), "data": data, **facts, "usage": _usage()}
-    return JSONResponse(body)
+            files = service.pictures(state)
+            urls = (request.url_for("get_image", day=f.parent.name, name=f.name) for f in files)
+            data = [{"url": str(url)} for url in urls]
+        body = {"created": int(job.created), "data": data, **facts, "usage": _usage()}
+        return JSONResponse(body)
 
-
-def _parts(name: str) -> dict[str, str]:
-    day, _, file = name.partition("/")
-    return {"day": day, "name": file}
+    return await asyncio.to_thread(told)
 
 
 async def _events(
@@ -246,14 +284,14 @@ async def _events(
             ended = state.ended is not None
             progress = service.live.running.get(job.id)
             for png in progress.previews[shown:] if progress is not None and not ended else ():
-                told = {"b64_json": _recoded(png, job), "partial_image_index": shown}
-                yield _event(f"{kind}.partial_image", {**told, **created})
+                preview = await asyncio.to_thread(_recoded, png, job)
+                told = {"partial_image_index": shown, **created}
+                yield await asyncio.to_thread(_event, f"{kind}.partial_image", told, preview)
                 shown += 1
             if state.status == "done":
-                for file in service.pictures(state):
-                    picture = base64.b64encode(file.read_bytes()).decode()
-                    told = {"b64_json": picture, "usage": _usage(), **created}
-                    yield _event(f"{kind}.completed", told)
+                for _, picture in await asyncio.to_thread(pictures_of, service, state):
+                    told = {"usage": _usage(), **created}
+                    yield await asyncio.to_thread(_event, f"{kind}.completed", told, picture)
             elif ended:
                 message = service.settings.told(state.error or "the job was cancelled")
                 error = {"message": message, "type": "server_error", "param": None, "code": None}
@@ -263,18 +301,23 @@ async def _events(
             await service.abandon(job.id)
 
 
-def _event(kind: str, facts: dict[str, Any]) -> bytes:
-    return format_sse_event(event=kind, data_str=json.dumps({"type": kind, **facts}))
+def _event(kind: str, facts: dict[str, Any], picture: bytes | None = None) -> bytes:
+    told = {} if picture is None else {"b64_json": _encoded(picture)}
+    return format_sse_event(event=kind, data_str=json.dumps({"type": kind, **told, **facts}))
 
 
-def _recoded(png: bytes, job: Job) -> str:
+def _encoded(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def _recoded(png: bytes, job: Job) -> bytes:
     """A preview in the format that was asked for."""
     if job.output_format == "png":
-        return base64.b64encode(png).decode()
+        return png
     stream = io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         image.save(stream, job.output_format.upper(), quality=job.quality)
-    return base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
 
 
 def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing:
@@ -295,17 +338,13 @@ def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing
         width, _, height = asked.size.partition("x")
         fields |= {"width": int(width), "height": int(height)}
     if asked.output_compression is not None:
-        if fields["output_format"] == "png" and asked.output_compression != 100:
-            hint = "PNG loses nothing; it goes with jpeg and webp"
-            raise InvalidRequest("output_compression", asked.output_compression, hint)
         fields["quality"] = max(1, asked.output_compression)
     if asked.quality in QUALITY and asked.steps is None:
         models = service.settings.models()
         found = models.get(asked.model) if asked.model is not None else next(iter(models.values()))
         if found is not None:
-            fields["num_inference_steps"] = round(
-                found.num_inference_steps * QUALITY[asked.quality]
-            )
+            steps = round(found.num_inference_steps * QUALITY[asked.quality])
+            fields["num_inference_steps"] = max(1, min(steps, service.settings.max_steps))
     if "strength" in fields and not from_picture:
         raise InvalidRequest("strength", fields["strength"], "goes with an image")
     return checked(Drawing, fields)
@@ -329,18 +368,44 @@ async def _files(form: FormData, names: set[str], service: Service) -> dict[str,
 
 
 def _fields(form: FormData, kind: type[Any]) -> Any:
-    """The text fields of a form. Lists and objects come as JSON."""
+    """The text fields of a form. `loras` come as JSON, or in the client's way: each of them as
+    `loras[][name]` and, behind it, its other fields."""
     values: dict[str, Any] = {}
+    loras: list[dict[str, str]] = []
     for key, value in form.multi_items():
-        if isinstance(value, str):
-            values[key] = value
-    if "loras" in values:
+        if not isinstance(value, str):
+            continue
+        if part := re.fullmatch(r"loras\[\]\[(\w+)\]", key):
+            if part[1] == "name" or not loras:
+                loras.append({})
+            target, name = loras[-1], part[1]
+        else:
+            target, name = values, key
+        if name in target:
+            raise InvalidRequest(key, value, "is in the form twice")
+        target[name] = value
+    if loras and "loras" in values:
+        raise InvalidRequest("loras", values["loras"], "is in the form twice")
+    if loras:
+        values["loras"] = loras
+    elif "loras" in values:
         try:
             values["loras"] = json.loads(values["loras"])
         except (ValueError, RecursionError):
             hint = 'no JSON; a list like [{"name": "style", "weight": 0.8}]'
             raise InvalidRequest("loras", values["loras"], hint) from None
-    return checked(kind, values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:  # told as FastAPI tells those of JSON
+        told = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        raise RequestValidationError(told) from error
+
+
+def _prompt_of(image: Image.Image) -> str | None:
+    """What a picture tells of its prompt; a text without parameters is a comment of any kind."""
+    text = metadata.text_of(image)
+    found = metadata.parse_infotext(text) if text is not None else None
+    return found.prompt if found is not None and found.fields else None
 
 
 def _transparent(image: Image.Image) -> Image.Image | None:

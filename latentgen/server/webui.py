@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
+import math
 import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import Response
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..images import load_image
-from ..modelfolder import Model
+from ..modelfolder import Model, read_header
 from .drawing import MAX_PROMPT, Drawing, checked, decode_picture
 from .jobs import JobState
-from .native import TheService
+from .native import TheService, pictures_of
 from .service import Service
 from .settings import Settings
 
@@ -65,7 +68,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "latent_mask": ("",),
     "infotext": ("",),
 }
-# Fields that say how something is done which is not done.
+# Fields that say how something is done which is not done: numbers and texts that nobody reads.
 MOOT = {
     "subseed",
     "refiner_switch_at",
@@ -85,6 +88,29 @@ MOOT = {
     "force_task_id",
 }
 SETTINGS = {"sd_model_checkpoint", "samples_format"}  # what override_settings may name
+EXTRA = (  # what of the infotext `info` tells in a place of its own
+    "Schedule type",
+    "Mask blur",
+    "Inpaint area",
+    "Masked area padding",
+    "Lora hashes",
+    "TI hashes",
+)
+SCHEDULE_TYPES = (
+    "Automatic",
+    "Uniform",
+    "Karras",
+    "Exponential",
+    "SGM Uniform",
+    "Align Your Steps",
+    "Simple",
+    "Normal",
+    "DDIM",
+    "Beta",
+)
+NOTHING: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "null"}}}}
+}
 NAMES = {  # of our fields, in this API
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
@@ -99,10 +125,19 @@ NAMES = {  # of our fields, in this API
 }
 
 
+def _tell_the_rest(schema: dict[str, Any]) -> None:
+    """The fields that are accepted besides those of the model, for the OpenAPI document."""
+    told: dict[str, Any] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+    kinds = ["string", "number", "boolean", "null"]
+    told |= {name: {"type": kinds, "description": "without effect"} for name in sorted(MOOT)}
+    schema["properties"] |= told
+    schema["additionalProperties"] = False
+
+
 class TextToImage(BaseModel):
     """`POST /sdapi/v1/txt2img`; more fields than these are accepted, see the module."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_tell_the_rest)
 
     prompt: str = Field("", max_length=MAX_PROMPT)
     negative_prompt: str | None = Field("", max_length=MAX_PROMPT)
@@ -117,7 +152,7 @@ class TextToImage(BaseModel):
     width: int | None = Field(512, ge=1)
     height: int | None = Field(512, ge=1)
     eta: float | None = None
-    denoising_strength: float | None = None
+    denoising_strength: float | None = Field(None, ge=0, le=1)
     override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = True
     alwayson_scripts: dict[str, Any] | None = None
@@ -130,7 +165,7 @@ class ImageToImage(TextToImage):
 
     init_images: list[str] | None = None
     resize_mode: int | None = Field(0, ge=0, le=3)
-    denoising_strength: float | None = 0.75
+    denoising_strength: float | None = Field(0.75, ge=0, le=1)
     mask: str | None = None
     mask_blur: int | None = None
     mask_blur_x: int | None = 4
@@ -150,15 +185,98 @@ class PictureInfo(BaseModel):
     image: str
 
 
-@router.post("/txt2img")
-async def txt2img(asked: TextToImage, request: Request, service: TheService) -> dict[str, Any]:
+class Drawn(BaseModel):
+    """The answer to both."""
+
+    images: list[str] = Field(description="in base64; none if the job was interrupted")
+    parameters: dict[str, Any] = Field(description="what was asked")
+    info: str = Field(description="JSON: seeds, prompts, infotexts and so on")
+
+
+class State(BaseModel):
+    skipped: bool = False
+    interrupted: bool = False
+    stopping_generation: bool = False
+    job: str = ""
+    job_count: int = 0
+    job_timestamp: str = "0"
+    job_no: int = 0
+    sampling_step: int = 0
+    sampling_steps: int = 0
+
+
+class Progress(BaseModel):
+    progress: float = Field(default=0.0, description="from 0 to 1")
+    eta_relative: float = Field(default=0.0, description="seconds left")
+    state: State = State()
+    current_image: str | None = None
+    textinfo: str | None = None
+
+
+class Sampler(BaseModel):
+    name: str
+    aliases: list[str]
+    options: dict[str, str] = {}
+
+
+class ScheduleType(BaseModel):
+    name: str
+    label: str
+    aliases: list[str] | None = None
+    default_rho: float
+    need_inner_model: bool = False
+
+
+class ModelTold(BaseModel):
+    title: str
+    model_name: str
+    hash: str | None
+    sha256: str | None = None
+    filename: str
+    config: str | None = None
+
+
+class LoraTold(BaseModel):
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, str] = {}
+
+
+class Embedding(BaseModel):
+    step: int | None = None
+    sd_checkpoint: str | None = None
+    sd_checkpoint_name: str | None = None
+    shape: int | None = None
+    vectors: int | None = None
+
+
+class Embeddings(BaseModel):
+    loaded: dict[str, Embedding] = {}
+    skipped: dict[str, Embedding] = {}
+
+
+class Options(BaseModel):
+    sd_model_checkpoint: str
+    sd_checkpoint_hash: str | None
+    samples_format: str = "png"
+
+
+class PictureTold(BaseModel):
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, str]
+
+
+@router.post("/txt2img", response_model=Drawn)
+async def txt2img(asked: TextToImage, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
     drawing = await service.aside(_drawing, asked, service)
     return await _answer(service, request, asked, drawing)
 
 
-@router.post("/img2img")
-async def img2img(asked: ImageToImage, request: Request, service: TheService) -> dict[str, Any]:
+@router.post("/img2img", response_model=Drawn)
+async def img2img(asked: ImageToImage, request: Request, service: TheService) -> Response:
     """Redraw a picture, or with a mask the white part of it."""
     if not asked.init_images:
         raise HTTPException(404, "Init image not found")
@@ -166,7 +284,7 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
         raise InvalidRequest("init_images", len(asked.init_images), "one picture at a time")
     drawing = await service.aside(_drawing, asked, service)
     image, mask = await service.aside(_pictures, asked, service.settings)
-    more: dict[str, Any] = {"strength": asked.denoising_strength}
+    more: dict[str, Any] = {"strength": _or(asked.denoising_strength, 0.75)}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
         if _only_masked(asked):
@@ -182,24 +300,34 @@ async def _answer(
     drawing: Drawing,
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
-) -> dict[str, Any]:
+) -> Response:
     job = await service.submit(drawing, image, mask)
     state = await service.finished(job, request)
     if state.status == "failed":
         raise HTTPException(500, state.error or "the job failed")
-    pictures = service.pictures(state)  # of a job that was interrupted: none
-    info = await asyncio.to_thread(_info, service, state, asked)
-    images = [base64.b64encode(file.read_bytes()).decode() for file in pictures]
+    answer = await asyncio.to_thread(_drawn, service, state, asked)
+    if not asked.save_images:
+        await service.delete(state)
+    return answer
+
+
+def _drawn(service: Service, state: JobState, asked: TextToImage) -> Response:
+    """The whole answer, ready to be sent; of a job that was interrupted, without pictures."""
+    pictures = pictures_of(service, state)
     echo = asked.model_dump()
     if isinstance(asked, ImageToImage) and not asked.include_init_images:
         echo |= {"init_images": None, "mask": None}
-    if not asked.save_images:
-        await service.delete(state)
-    return {
-        "images": images if asked.send_images else [],
+    body = {
+        "images": [base64.b64encode(data).decode() for _, data in pictures if asked.send_images],
         "parameters": echo,
-        "info": json.dumps(info),
+        "info": json.dumps(_info(service, state, asked, pictures)),
     }
+    return _json(body)
+
+
+def _json(body: dict[str, Any]) -> Response:
+    """An answer with all letters as escapes, so that it can tell whatever was sent."""
+    return Response(json.dumps(body), media_type="application/json")
 
 
 def _drawing(asked: TextToImage, service: Service) -> Drawing:
@@ -208,20 +336,23 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
     override = asked.override_settings or {}
     for name in override.keys() - SETTINGS:
         hint = f"of the settings, these work: {sorted(SETTINGS)}"
-        raise InvalidRequest(f"override_settings.{name}", override[name], hint)
+        raise InvalidRequest("override_settings", name, hint)
     form = override.get("samples_format", "png")
     model = _named_model(service, override.get("sd_model_checkpoint"))
     if asked.override_settings_restore_afterwards is False:
         hint = "true: the settings of others stay as they are"
         raise InvalidRequest("override_settings_restore_afterwards", False, hint)
     name = asked.sampler_name or asked.sampler_index or "Euler"
-    if not _says_schedule(name):
-        name = f"{name} {asked.scheduler or 'Automatic'}"
+    name = f"{name} {asked.scheduler or 'Automatic'}"  # the first may say it, too: they must agree
     eta = asked.eta if asked.eta is not None else 0.0
     if not schedulers.parse(name).entry.eta:
         if eta not in (0, 1):
             raise InvalidRequest("eta", eta, f"{name} takes none")
         eta = 0.0
+    count = _or(asked.batch_size, 1) * _or(asked.n_iter, 1)
+    if count > service.settings.max_images and _or(asked.n_iter, 1) > 1:
+        hint = f"times batch_size, at most {service.settings.max_images}"
+        raise InvalidRequest("n_iter", asked.n_iter, hint)
     fields = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt or None,
@@ -230,7 +361,7 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
         "guidance_scale": _or(asked.cfg_scale, 7.0),
         "scheduler": name,
         "seed": None if asked.seed in (None, -1) else asked.seed,
-        "num_images": _or(asked.batch_size, 1) * _or(asked.n_iter, 1),
+        "num_images": count,
         "width": _or(asked.width, 512),
         "height": _or(asked.height, 512),
         "eta": eta,
@@ -245,24 +376,29 @@ def _or(value: Any, default: Any) -> Any:
     return value if value is not None else default
 
 
-def _says_schedule(name: str) -> bool:
-    parsed = schedulers.parse(name)
-    return name.lower() != parsed.entry.label.lower() and bool(parsed.spread or parsed.spacing)
-
-
 def _refuse_the_rest(asked: TextToImage) -> None:
     for name, value in (asked.model_extra or {}).items():
-        if value is None or name in MOOT:
+        if value is None:
+            continue
+        if name in MOOT:
+            _check_plain(name, value)
             continue
         if name not in NEUTRAL:
-            raise InvalidRequest(name, value, "there is no such field here")
+            raise HTTPException(400, f"{name[:80]!r}: there is no such field here")
         if value not in NEUTRAL[name]:
             nothing = NEUTRAL[name][0]
             raise InvalidRequest(name, value, f"not done here; leave it out, or {nothing!r}")
     for name, script in (asked.alwayson_scripts or {}).items():
-        arguments = script.get("args", []) if isinstance(script, dict) else script
-        if arguments not in ([], [False]):
+        if script not in ({}, [], [False], {"args": []}, {"args": [False]}):
             raise InvalidRequest("alwayson_scripts", name, "there are no scripts here")
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """A field that nobody reads comes back in the answer, so it holds what it can tell."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequest(name, value, "must be a finite number")
+    if not isinstance(value, str | int | float) or len(str(value)) > MAX_PROMPT:
+        raise InvalidRequest(name, value, f"a number or a text of at most {MAX_PROMPT} characters")
 
 
 def _pictures(asked: ImageToImage, settings: Settings) -> tuple[Image.Image, Image.Image | None]:
@@ -348,25 +484,27 @@ def _resized(
     )
 
 
-def _info(service: Service, state: JobState, asked: TextToImage) -> dict[str, Any]:
+def _info(
+    service: Service, state: JobState, asked: TextToImage, pictures: list[tuple[int, bytes]]
+) -> dict[str, Any]:
     """The `info` of an answer, as the original tells it."""
     request = state.job.request
-    seeds, prompts = state.job.seeds, request["prompt"]
-    negative = (request.get("negative_prompt") or [""])[0]
+    seeds, first = [seed for seed, _ in pictures], state.job.seeds[0]
+    negative = asked.negative_prompt or ""
     texts = []
-    for file in service.pictures(state):
-        with Image.open(file) as image:
+    for _, data in pictures:
+        with Image.open(io.BytesIO(data)) as image:
             texts.append(metadata.text_of(image) or "")
+    told = metadata.parse_infotext(texts[0]).fields if texts else {}
     found = service.settings.models()[state.job.model]
-    batch = _or(asked.batch_size, 1)
     return {
-        "prompt": prompts[0],
-        "all_prompts": [prompts[0]] * len(seeds),
+        "prompt": asked.prompt,
+        "all_prompts": [asked.prompt] * len(seeds),
         "negative_prompt": negative,
         "all_negative_prompts": [negative] * len(seeds),
-        "seed": seeds[0],
+        "seed": first,
         "all_seeds": seeds,
-        "subseed": seeds[0],
+        "subseed": first,
         "all_subseeds": seeds,
         "subseed_strength": 0,
         "width": request["width"],
@@ -374,7 +512,7 @@ def _info(service: Service, state: JobState, asked: TextToImage) -> dict[str, An
         "sampler_name": schedulers.parse(request["scheduler"]).entry.label,
         "cfg_scale": request["guidance_scale"],
         "steps": request["num_inference_steps"],
-        "batch_size": batch,
+        "batch_size": _or(asked.batch_size, 1),
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": found.name,
@@ -384,7 +522,7 @@ def _info(service: Service, state: JobState, asked: TextToImage) -> dict[str, An
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": request.get("strength"),
-        "extra_generation_params": {},
+        "extra_generation_params": {name: told[name] for name in EXTRA if name in told},
         "index_of_first_image": 0,
         "infotexts": texts,
         "styles": [],
@@ -398,142 +536,139 @@ def _info(service: Service, state: JobState, asked: TextToImage) -> dict[str, An
 @router.get("/progress")
 async def progress(
     service: TheService, skip_current_image: Annotated[bool, Query()] = False
-) -> dict[str, Any]:
+) -> Progress:
     """How far the oldest running job is."""
     running = service.live.running
     now = next(iter(running.values()), None)
-    state = {
-        "skipped": False,
-        "interrupted": False,
-        "stopping_generation": False,
-        "job": "" if now is None else "scripts_txt2img",
-        "job_count": len(running),
-        "job_timestamp": time.strftime("%Y%m%d%H%M%S") if now is not None else "0",
-        "job_no": 0,
-        "sampling_step": 0 if now is None else now.index,
-        "sampling_steps": 0 if now is None else now.total,
-    }
+    if now is None:
+        return Progress()
+    state = State(
+        job="scripts_txt2img",
+        job_count=len(running),
+        job_timestamp=time.strftime("%Y%m%d%H%M%S"),
+        sampling_step=now.index,
+        sampling_steps=now.total,
+    )
     current = None
-    if now is not None and now.previews and not skip_current_image:
+    if now.previews and not skip_current_image:
         current = base64.b64encode(now.previews[-1]).decode()
-    left = now.seconds_left if now is not None else 0.0
-    return {
-        "progress": 0.0 if now is None else min(1.0, 0.01 + now.fraction),
-        "eta_relative": left if left is not None else 0.0,
-        "state": state,
-        "current_image": current,
-        "textinfo": None,
-    }
+    return Progress(
+        progress=min(1.0, 0.01 + now.fraction),
+        eta_relative=_or(now.seconds_left, 0.0),
+        state=state,
+        current_image=current,
+    )
 
 
 @router.post("/interrupt")
-async def interrupt(service: TheService) -> dict[str, Any]:
-    """Cancel what is being drawn."""
+async def interrupt(service: TheService) -> dict[str, str]:
+    """Cancel what is being drawn; the answer is empty."""
     for id in list(service.live.running):
         await service.live.cancel(id)
     return {}
 
 
-@router.post("/skip")
+@router.post("/skip", responses=NOTHING)
 async def skip(service: TheService) -> None:
     """The same: a request has one batch here."""
     await interrupt(service)
 
 
 @router.get("/samplers")
-def samplers() -> list[dict[str, Any]]:
+def samplers() -> list[Sampler]:
     """The schedulers, by the WebUI's names."""
-    return [
-        {"name": entry.label, "aliases": [name], "options": {}}
-        for name, entry in schedulers.NAMES.items()
-    ]
+    return [Sampler(name=entry.label, aliases=[name]) for name, entry in schedulers.NAMES.items()]
 
 
 @router.get("/schedulers")
-def schedule_types() -> list[dict[str, Any]]:
-    """How noise levels may be spread."""
-    names = {"automatic": "Automatic", "uniform": "Uniform", "sgm_uniform": "SGM Uniform"}
-    names |= {name: name.title() for name in schedulers.SPREADS}
+def schedule_types() -> list[ScheduleType]:
+    """How noise levels may be spread; not every sampler takes every one."""
     return [
-        {
-            "name": name,
-            "label": label,
-            "aliases": None,
-            "default_rho": 7.0 if name == "karras" else -1.0,
-            "need_inner_model": False,
-        }
-        for name, label in names.items()
+        ScheduleType(
+            name=label.lower().replace(" ", "_"),
+            label=label,
+            default_rho=7.0 if label == "Karras" else -1.0,
+        )
+        for label in SCHEDULE_TYPES
     ]
 
 
 @router.get("/sd-models")
-def sd_models(service: TheService) -> list[dict[str, Any]]:
+def sd_models(service: TheService) -> list[ModelTold]:
     """The models there are."""
     return [
-        {
-            "title": _title(found),
-            "model_name": found.name,
-            "hash": found.hash(),
-            "sha256": None,
-            "filename": found.name,  # where it lies is the server's own business
-            "config": None,
-        }
+        ModelTold(
+            title=_title(found),
+            model_name=found.name,
+            hash=found.hash(),
+            filename=found.name,  # where it lies is the server's own business
+        )
         for found in service.settings.models().values()
     ]
 
 
 @router.get("/loras")
-def loras() -> list[dict[str, Any]]:
+def loras() -> list[LoraTold]:
     """The LoRAs in the data folder."""
     return [
-        {"name": name, "alias": name, "path": file.name, "metadata": {}}
+        LoraTold(name=name, alias=name, path=file.name)
         for name, file in lorafolder.names_there().items()
     ]
 
 
 @router.get("/embeddings")
-def embeddings(service: TheService) -> dict[str, Any]:
-    """The textual inversions in the data folder."""
-    files = sorted(service.settings.embeddings.glob("*.safetensors"))
-    about = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
-    return {"loaded": {file.stem: about for file in files}, "skipped": {}}
+def embeddings(service: TheService) -> Embeddings:
+    """The textual inversions in the data folder, by the words that prompts say; `skipped`: files
+    that hold none."""
+    told = Embeddings()
+    for file in sorted(service.settings.embeddings.glob("*.safetensors")):
+        try:
+            tensors = [*read_header(file, "path", "embedding").items()]
+        except InvalidRequest:
+            tensors = []
+        match tensors:
+            case [(word, (*count, width))] if len(count) < 2:
+                name = file.stem if word in ("emb_params", "*") else word
+                told.loaded[name] = Embedding(shape=width, vectors=count[0] if count else 1)
+            case _:
+                told.skipped[file.stem] = Embedding()
+    return told
 
 
 @router.get("/options")
-def options_now(service: TheService) -> dict[str, Any]:
+def options_now(service: TheService) -> Options:
     """The options that mean something here."""
     found = next(iter(service.settings.models().values()))
-    return {
-        "sd_model_checkpoint": _title(found),
-        "sd_checkpoint_hash": found.hash(),
-        "samples_format": "png",
-    }
+    return Options(sd_model_checkpoint=_title(found), sd_checkpoint_hash=found.hash())
 
 
-@router.post("/options")
+@router.post("/options", responses=NOTHING)
 def set_options(options: dict[str, Any], service: TheService) -> None:
     """The server's settings are its operator's: only what is so already may be set."""
-    now = options_now(service)
+    now = options_now(service).model_dump()
     for name, value in options.items():
         if name == "sd_model_checkpoint":
             value = _title(_named_model(service, value))
         if name not in now or now[name] != value:
             hint = "not changed for everybody; a request may say it in override_settings"
-            raise InvalidRequest(name, value, hint)
+            raise InvalidRequest("options", name, hint)
 
 
-@router.post("/png-info")
-def png_info(asked: PictureInfo, service: TheService) -> dict[str, Any]:
+@router.post("/png-info", response_model=PictureTold)
+def png_info(asked: PictureInfo, service: TheService) -> Response:
     """What a picture tells of itself."""
-    image = decode_picture(asked.image, "image", service.settings)
+    try:
+        image = decode_picture(asked.image, "image", service.settings)
+    except InvalidRequest as error:  # told as it is: not one of the fields in NAMES
+        raise HTTPException(400, str(error)) from error
     text = metadata.text_of(image)
     if text is None:
-        return {"info": "", "items": {}, "parameters": {}}
+        return _json({"info": "", "items": {}, "parameters": {}})
     found = metadata.parse_infotext(text)
     told = {"Prompt": found.prompt, "Negative prompt": found.negative_prompt, **found.fields}
     if size := told.pop("Size", None):
         told["Size-1"], _, told["Size-2"] = size.partition("x")
-    return {"info": text, "items": {}, "parameters": told}
+    return _json({"info": text, "items": {}, "parameters": told})
 
 
 @router.get("/scripts")
@@ -543,13 +678,13 @@ def scripts() -> dict[str, list[str]]:
 
 
 @router.get("/upscalers")
-def upscalers() -> list[dict[str, Any]]:
+def upscalers() -> list[dict[str, str]]:
     """There are none; clients ask."""
     return []
 
 
 @router.get("/sd-vae")
-def sd_vae() -> list[dict[str, Any]]:
+def sd_vae() -> list[dict[str, str]]:
     """Each model has its own; clients ask."""
     return []
 

@@ -120,6 +120,9 @@ WRONG = [
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"guidance_scale": "NaN"}, "guidance_scale", ""),
     ({"output_format": "gif"}, "output_format", "png"),
+    ({"quality": 50}, "quality", "PNG loses nothing"),
+    ({"output_format": "jpeg", "prompt": "a" * 16_000}, "output_format", "cannot hold"),
+    ({"seed": 2**63 - 64}, "seed", "less than or equal"),
 ]
 
 
@@ -130,6 +133,19 @@ def test_what_is_wrong_is_named(server, fields, named, told):
     error = answer.json()["error"]
     assert error["param"].startswith(named)
     assert told in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/images"])
+def test_so_it_is_in_a_query(server, path):
+    answer = server.http.get(path, params={"bogus": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "bogus")
+
+
+def test_a_picture_that_was_deleted_is_told_no_more(server):
+    id = server.submit(num_images=2)
+    first, second = server.ended(id)["images"]
+    (server.home / "outputs" / first["url"].removeprefix("/images/")).unlink()
+    assert server.job(id)["images"] == [second]
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(server):

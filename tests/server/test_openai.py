@@ -2,13 +2,18 @@
 
 import base64
 import io
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 from PIL import Image
+from starlette.datastructures import FormData
 
 from latentgen import LatentDiffusion
+from latentgen.server import webui
+from latentgen.server.drawing import LAST_SEED, Drawing, LoraChoice
+from latentgen.server.openai import Edit, Generation, Variation, _drawing, _fields
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,8 @@ WRONG = [
     ({"background": "transparent"}, 400, "background"),
     ({"quality": "ultra"}, 400, "quality"),
     ({"output_compression": 50}, 400, "output_compression"),
+    ({"output_format": "jpeg", "prompt": "a" * 16_000}, 400, "output_format"),
+    ({"extra_body": {"seed": 2**63 - 1}}, 400, "seed"),
     ({"partial_images": 2}, 400, "partial_images"),
     ({"prompt": " "}, 400, "prompt"),
     ({"extra_body": {"steps": 10_000}}, 400, "steps"),
@@ -143,9 +150,88 @@ def test_so_it_is_in_a_form(client, picture, fields, named):
     assert caught.value.param.startswith(named)
 
 
+def test_a_form_takes_loras_as_the_client_sends_them(client, picture):
+    for loras in ([{"name": "nobody", "weight": 0.5}], '[{"name": "nobody", "weight": 0.5}]'):
+        with pytest.raises(openai.BadRequestError, match="loras='nobody': no LoRA of that name"):
+            client.images.edit(image=png(picture), prompt="a", extra_body={"loras": loras})
+
+
+def test_the_fields_of_a_form_are_gathered():
+    sent = [("prompt", "a"), ("loras[][name]", "x"), ("loras[][weight]", ".5")]
+    form = FormData([*sent, ("loras[][name]", "y")])
+    assert _fields(form, Edit).loras == [LoraChoice(name="x", weight=0.5), LoraChoice(name="y")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quality": "ultra"}, "quality"),
+        ({"seed": ["1", "2"]}, "seed"),
+        ({"loras[][name]": "x", "loras": "[]"}, "loras"),
+        ({"loras[][name]": "x", "loras[][weight]": ["1", "2"]}, "loras[][weight]"),
+        ({"loras[][weight]": "1"}, "loras.0.name"),
+    ],
+)
+def test_a_form_names_the_field_that_is_wrong(server, picture, fields, named):
+    files = {"image": ("a.png", png(picture))}
+    answer = server.http.post("/v1/images/edits", files=files, data={"prompt": "a", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, named)
+
+
+def test_a_comment_is_no_prompt(server, picture):
+    stream = io.BytesIO()
+    picture.convert("P").save(stream, "GIF", comment=b"Created with GIMP")
+    files = {"image": ("a.gif", stream.getvalue())}
+    answer = server.http.post("/v1/images/variations", files=files)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(("quality", "own", "steps"), [("low", 1, 1), ("hd", 100, 150)])
+def test_quality_stays_within_the_limits(quality, own, steps):
+    model = SimpleNamespace(num_inference_steps=own)
+    settings = SimpleNamespace(models=lambda: {"one": model}, max_steps=150)
+    asked = Generation(prompt="a", quality=quality)
+    assert _drawing(asked, SimpleNamespace(settings=settings), False).num_inference_steps == steps
+
+
 def test_who_hangs_up_is_not_drawn_for(client, server):
     impatient = client.with_options(timeout=1.5)
     with pytest.raises(openai.APITimeoutError):
         impatient.images.generate(prompt="a cat", size="256x256", n=8, extra_body={"steps": 150})
     id = server.http.get("/jobs?limit=1").json()["jobs"][0]["id"]
     assert server.ended(id, seconds=5)["status"] == "cancelled"
+
+
+def test_the_openapi_document_tells_every_field(server):
+    told = server.http.get("/openapi.json").json()
+    kinds = told["components"]["schemas"]
+    for kind in (Drawing, Generation, webui.TextToImage, webui.ImageToImage):
+        schema = kinds[kind.__name__]
+        assert schema["additionalProperties"] is False
+        assert schema["properties"].keys() >= kind.model_fields.keys()
+    assert kinds["Drawing"]["properties"].keys() >= {"steps", "sampler", "n"}
+    assert kinds["Drawing"]["properties"]["seed"]["anyOf"][0]["maximum"] == LAST_SEED
+    assert kinds["TextToImage"]["properties"].keys() >= {*webui.NEUTRAL, *webui.MOOT}
+    for path, kind, files in (
+        ("edits", Edit, {"image", "image[]", "mask"}),
+        ("variations", Variation, {"image", "image[]"}),
+    ):
+        content = told["paths"][f"/v1/images/{path}"]["post"]["requestBody"]["content"]
+        properties = content["multipart/form-data"]["schema"]["properties"]
+        assert properties.keys() >= kind.model_fields.keys() | files
+
+
+def test_the_openapi_document_tells_every_answer(server):
+    told = server.http.get("/openapi.json").json()
+    for path, methods in told["paths"].items():
+        for method, facts in methods.items():
+            if facts["tags"] == ["operation"]:
+                continue
+            good = next(answer for code, answer in facts["responses"].items() if code[0] == "2")
+            assert good["content"], (method, path)
+            for kind, content in good["content"].items():
+                bare = ({}, {"type": "object"}, {"type": "object", "additionalProperties": True})
+                schema = {k: v for k, v in content.get("schema", {}).items() if k != "title"}
+                assert kind != "application/json" or schema not in bare, (method, path)
+    pictures = told["paths"]["/images/{day}/{name}"]["get"]["responses"]["200"]["content"]
+    assert set(pictures) == {"image/png", "image/jpeg", "image/webp", "image/avif"}

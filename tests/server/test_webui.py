@@ -7,8 +7,11 @@ import threading
 import time
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
+from latentgen import schedulers
 from latentgen.server.webui import around
 
 # What webuiapi 0.9.17 sends when nobody asks for anything.
@@ -175,7 +178,7 @@ def test_progress_and_interrupt(server):
     assert now["state"]["sampling_steps"] == 150
     assert server.http.post("/sdapi/v1/interrupt").json() == {}
     drawing.join(20)
-    assert answers[0]["images"] == []
+    assert answers[0]["images"] == json.loads(answers[0]["info"])["all_seeds"] == []
 
 
 def test_companions_answer(server, picture):
@@ -196,3 +199,108 @@ def test_companions_answer(server, picture):
     told = post(server, "png-info", image=drawn)
     assert told["info"].startswith("a cat\nSteps: 3,")
     assert (told["parameters"]["Steps"], told["parameters"]["Size-1"]) == ("3", "32")
+
+
+def test_a_sampler_and_a_schedule_type_must_agree(server):
+    asked = {"prompt": "a", "steps": 2, "width": 32, "height": 32}
+    asked |= {"sampler_name": "DPM++ 2M Karras"}
+    for kind in ("Karras", "Automatic", None):
+        info = json.loads(post(server, "txt2img", **asked, scheduler=kind)["info"])
+        assert "Schedule type: Karras," in info["infotexts"][0]
+    told = post(server, "txt2img", 400, **asked, scheduler="Exponential")["detail"]
+    assert "exponential and karras exclude each other" in told
+
+
+def test_what_nobody_reads_is_told_again_or_refused(server):
+    asked = {"prompt": "a", "steps": 1, "width": 32, "height": 32}
+
+    def sent(path, body):  # as it is: httpx would not make JSON of it
+        body = body if isinstance(body, str) else json.dumps(body)
+        kind = {"Content-Type": "application/json"}
+        return server.http.post(f"/sdapi/v1/{path}", content=body, headers=kind)
+
+    answer = sent("txt2img", asked | {"hr_prompt": "a\ud800", "subseed": 10**30}).json()
+    assert len(answer["images"]) == 1
+    assert answer["parameters"]["hr_prompt"] == "a\ud800"
+    nested = "[" * 900 + "]" * 900
+    for name, value in (("hr_prompt", nested), ("hr_scale", "NaN"), ("hr_scale", "1e999")):
+        body = json.dumps(asked)[:-1] + f', "{name}": {value}}}'
+        answer = sent("txt2img", body)
+        assert (answer.status_code, name in answer.json()["detail"]) == (400, True)
+    assert (
+        "there are no scripts"
+        in post(
+            server, "txt2img", 400, **asked, alwayson_scripts={"x": {"args": [], "more": [[]]}}
+        )["detail"]
+    )
+    assert sent("txt2img", asked | {"override_settings": {"\ud800": 1}}).status_code == 400
+    assert sent("options", {"\ud800": 1}).status_code == 400
+
+
+def test_the_wrong_field_is_named_and_no_other(server, picture):
+    asked = {"prompt": "a", "steps": 2, "width": 32, "height": 32}
+    for fields, told in (
+        ({"n_iter": 30}, "n_iter=30"),
+        ({"batch_size": 30}, "batch_size=30"),
+        ({"image": "x"}, "'image'"),
+        ({"denoising_strength": 2}, "denoising_strength"),
+        (
+            {"prompt": "a" * 16_000, "override_settings": {"samples_format": "jpg"}},
+            "samples_format",
+        ),
+    ):
+        assert post(server, "txt2img", 400, **(asked | fields))["detail"].startswith(told)
+    assert post(server, "png-info", 400, image="%%")["detail"].startswith("image=")
+
+
+def test_info_tells_what_was_asked_and_how(server, picture):
+    file = server.home / "loras" / "style.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    parts = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
+    save_file({f"{path}.{name}.weight": part for name, part in parts.items()}, file)
+    asked = {"prompt": "a <lora:style:0.5> cat", "steps": 4, "width": 32, "height": 32, "seed": 1,
+             "init_images": [encoded(picture)], "mask": WHITE, "batch_size": 2,
+             "sampler_name": "DPM++ 2M", "denoising_strength": None}  # fmt: skip
+    info = json.loads(post(server, "img2img", **asked)["info"])
+    assert info["all_prompts"] == [asked["prompt"]] * 2
+    assert info["prompt"] == asked["prompt"]
+    assert info["denoising_strength"] == 0.75
+    extra = info["extra_generation_params"]
+    assert extra.pop("Lora hashes").startswith("style: ")
+    assert extra == {
+        "Schedule type": "Karras",
+        "Mask blur": "4",
+        "Inpaint area": "Only masked",
+        "Masked area padding": "0",
+    }
+    file.unlink()
+
+
+def test_embeddings_are_told_from_other_files(server):
+    folder = server.home / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_file({"<cat>": torch.zeros(2, 32)}, folder / "a.safetensors")
+    save_file({"emb_params": torch.zeros(32)}, folder / "b.safetensors")
+    save_file({"x": torch.zeros(2, 3, 4)}, folder / "c.safetensors")
+    (folder / "d.safetensors").write_bytes(b"rubbish")
+    told = server.http.get("/sdapi/v1/embeddings").json()
+    assert {name: one["vectors"] for name, one in told["loaded"].items()} == {"<cat>": 2, "b": 1}
+    assert set(told["skipped"]) == {"c", "d"}
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def test_every_schedule_type_goes_with_a_sampler(server):
+    for one in server.http.get("/sdapi/v1/schedulers").json():
+        for name in (one["name"], one["label"]):
+            assert str(schedulers.parse(f"euler {name}")) != "euler" or one["name"] == "automatic"
+
+
+def test_a_picture_tells_whatever_it_says(server):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", 'a\nSteps: 2, Sampler: DDIM, CFG scale: 2, Model: "\\ud800"')
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG", pnginfo=info)
+    image = base64.b64encode(stream.getvalue()).decode()
+    assert post(server, "png-info", image=image)["parameters"]["Model"] == "\ud800"

@@ -26,6 +26,9 @@ CONFIG = {**SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_pre
         ("dpmpp_2m_sde_gpu", ("dpm++_2m_sde",)),
         ("dpm++_2m_sde_exponential", ("dpm++_2m_sde", "exponential")),
         ("DPM++ 3M SDE Automatic", ("dpm++_3m_sde", "exponential")),
+        ("DPM++ 2M Karras Automatic", ("dpm++_2m", "karras")),
+        ("DPM++ 2M SGM Uniform Automatic", ("dpm++_2m", None, "trailing")),
+        ("Euler Karras karras", ("euler", "karras")),
         ("DPM++ 2S a", ("dpm++_2s",)),
         ("ddim trailing", ("ddim", None, "trailing")),
         ("ddim ddim uniform", ("ddim", None, "leading")),
@@ -44,7 +47,8 @@ def test_names_people_use(text, expected):
 @pytest.mark.parametrize(
     "text",
     ["ddim karras", "euler_a exponential", "euler lu", "pndm align your steps", "lcm beta",
-     "karras", "automatic", "euler euler", "dpm++", "a"],
+     "karras", "automatic", "euler euler", "dpm++", "a", "dpm++_2m karras exponential trailing",
+     "euler trailing leading", "euler normal karras", "euler align your steps simple"],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(text):
     with pytest.raises(InvalidRequest) as refused:
