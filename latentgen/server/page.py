@@ -16,7 +16,6 @@ import html
 import logging
 import os
 import shutil
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -39,6 +38,7 @@ from ..lorafolder import LoraUse
 from ..request import Request
 from .drawing import Drawing, LoraChoice, checked, open_picture
 from .jobs import JobState, QueueFull
+from .log import without_values
 from .service import Service
 from .settings import Settings
 
@@ -100,7 +100,7 @@ def mount(app: FastAPI, settings: Settings) -> FastAPI:
     restrain()
     for name in UNUSED:
         app.api_route(f"/gradio_api/{name}", methods=["GET", "POST"], include_in_schema=False)(gone)
-    page = build(settings, lambda: app.state.service)
+    page = build(settings, lambda: app.state.service).queue(max_size=settings.max_queue)
     theme = gr.themes.Soft(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(
         app,
@@ -436,10 +436,9 @@ def sentence(error: Exception, settings: Settings) -> str:
         case gr.Error():  # Gradio's own, of numbers beyond their limits and the like
             return str(error.message)
         case ValueError():  # Gradio's, and it quotes what was sent; the log must not
-            stack = "".join(traceback.format_tb(error.__traceback__))
-            log.warning("the page got what is not understood: %s\n%s", type(error).__name__, stack)
+            log.warning("the page got what is not understood: %s", without_values(error))
             return "This was not understood; load the page again"
-    log.error("the page failed", exc_info=error)
+    log.error("the page failed: %s", without_values(error))
     return "Something went wrong here; the log tells what"
 
 
