@@ -26,7 +26,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
-from gradio import processing_utils, routes
+from gradio import processing_utils, route_utils, routes
 from gradio.components.gallery import GalleryData, GalleryImage
 from gradio.data_classes import ImageData
 from gradio.exceptions import InvalidPathError
@@ -58,6 +58,7 @@ footer {display: none !important}
 """
 
 log = logging.getLogger(__name__)
+_GET_FUNCTION = route_utils.get_fn
 
 # The settings, in the order in which they are kept and handed around.
 FIELDS = (
@@ -134,6 +135,7 @@ def restrain() -> None:
     ):
         setattr(processing_utils, name, refuse_url)
     routes.secure_url_stream_response = refuse_url
+    route_utils.get_fn = a_function
     for component in (gr.ImageEditor, gr.Image, gr.File):
         component.preprocess = as_sent
     gr.ImageEditor.accept_blobs = None  # a way to send pictures that would stay in memory
@@ -143,6 +145,14 @@ def restrain() -> None:
 def refuse_url(*_arguments: Any, **_options: Any) -> NoReturn:
     """In place of fetching what a request names: who may ask us must not make us ask others."""
     raise HTTPException(403, "URLs are not fetched here; upload the file itself")
+
+
+def a_function(*arguments: Any) -> Any:
+    """Gradio's own, which breaks if there is no function of the number that was sent."""
+    try:
+        return _GET_FUNCTION(*arguments)
+    except KeyError:
+        raise HTTPException(404, "this page has no such function") from None
 
 
 def as_sent(_component: Any, payload: Any) -> Any:

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
+from fastapi import HTTPException
 
-from latentgen.server import bodies
+from latentgen.server import bodies, page
 from latentgen.server.bodies import Bodies
+from latentgen.server.run import Patient
 from latentgen.server.settings import Settings
 
 LARGE = "/jobs"
@@ -105,3 +109,38 @@ def test_all_together_hold_no_more_than_a_few_bodies(app):
     assert {(status, headers[b"retry-after"]) for status, _, headers in refused} == {(503, b"5")}
     assert (short[0], after[0]) == (200, 200)
     assert app._left == bodies.TOGETHER * 4 * 2**20
+
+
+def test_a_connection_without_a_request_is_closed():
+    async def read(port, *pieces):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.1)
+        return await asyncio.wait_for(reader.read(), 20)
+
+    async def run():
+        config = uvicorn.Config(
+            echo, port=0, http=Patient, timeout_keep_alive=1, log_config=None, lifespan="off"
+        )
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        whole = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        told = await asyncio.gather(
+            read(port), read(port, b"GET", b" / HT"), read(port, whole, whole[:9]),
+            read(port, whole[:9], whole[9:], whole),
+        )  # fmt: skip
+        server.should_exit = True
+        await task
+        return [answer.count(b"200 OK") for answer in told]
+
+    assert asyncio.run(run()) == [0, 0, 1, 2]
+
+
+def test_a_function_that_the_page_has_not_is_not_found():
+    blocks, body = SimpleNamespace(fns={}), SimpleNamespace(fn_index=999, session_hash=None)
+    with pytest.raises(HTTPException):
+        page.a_function(blocks, None, body)
