@@ -26,7 +26,7 @@ from .drawing import first_of
 from .guard import Guard
 from .jobs import QueueFull
 from .log import without_values
-from .refusals import REFUSALS, WEBUI_REFUSALS, refusal
+from .refusals import JSON_REFUSALS, REFUSALS, WEBUI_REFUSALS, refusal
 from .service import Gone, Service
 from .settings import Settings
 
@@ -61,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     # the guard asks for the token; these are for the OpenAPI document
     doors = (HTTPBearer(auto_error=False), HTTPBasic(auto_error=False))
     locks = [Depends(door) for door in doors if settings.token is not None]
-    app.include_router(native.router, responses=REFUSALS, dependencies=locks)
+    app.include_router(native.router, responses=JSON_REFUSALS, dependencies=locks)
     app.include_router(openai.router, responses=REFUSALS, dependencies=locks)
     app.include_router(webui.router, responses=WEBUI_REFUSALS, dependencies=locks)
     _add_errors(app, settings)
@@ -202,7 +202,7 @@ def _add_watching(app: FastAPI, settings: Settings, locks: list[Any]) -> None:
         "/metrics",
         tags=["operation"],
         response_class=PlainTextResponse,
-        responses={**REFUSALS, 200: {"content": {"text/plain": {}}}},
+        responses=JSON_REFUSALS,
         dependencies=locks,
     )
     async def metrics(request: Request) -> PlainTextResponse:

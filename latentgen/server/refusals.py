@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-__all__ = ["REFUSALS", "WEBUI_REFUSALS", "refusal"]
+__all__ = ["JSON_REFUSALS", "REFUSALS", "WEBUI_REFUSALS", "refusal"]
 
 
 class Problem(BaseModel):
@@ -36,6 +36,14 @@ class WebuiRefusal(BaseModel):
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
+# the same where an endpoint answers with something else: FastAPI would say that this does, too
+JSON_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}},
+    }
+    for status, description in (("4XX", "Client Error"), ("5XX", "Server Error"))
+}
 WEBUI_REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": WebuiRefusal},
     "5XX": {"model": WebuiRefusal},

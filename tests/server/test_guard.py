@@ -276,5 +276,9 @@ def test_the_openapi_document_names_every_field(server):
     told = server.http.get("/openapi.json").json()
     assert "/jobs/{id}/events" in told["paths"]
     assert "mask_image" in told["components"]["schemas"]["Drawing"]["properties"]
+    assert "Refusal" in told["components"]["schemas"]
+    for path, endpoints in told["paths"].items():
+        for endpoint in endpoints.values():
+            assert list(endpoint["responses"]["4XX"]["content"]) == ["application/json"], path
     with httpx.Client() as http:
         assert http.get(f"{server.url}/docs").status_code in (200, 404)
