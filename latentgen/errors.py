@@ -13,6 +13,7 @@ it and with status 1 for anything else.
 from __future__ import annotations
 
 from pathlib import PurePath
+from typing import Any
 
 __all__ = ["DataError", "DecodeError", "InvalidRequest", "LatentgenError", "TrainingError"]
 
@@ -49,7 +50,9 @@ class TrainingError(LatentgenError):
     """A checkpoint that is missing, damaged or of another run, or a loss that is not finite."""
 
 
-def _shown(value: object) -> str:
+def _shown(value: Any) -> str:
     value = str(value) if isinstance(value, PurePath) else value
+    if hasattr(value, "getbands"):  # of Pillow, which is not imported for this
+        return f"a picture of {value.width} x {value.height}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:37]}...{text[-40:]}"  # a path ends in its name

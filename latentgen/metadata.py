@@ -66,7 +66,9 @@ _UNICODE = b"UNICODE\0"
 _PICTURES = ("image", "mask_image")
 _OF_MASKS = ("mask_blur", "padding_mask_crop")
 _NOT_RECORDED = {*_PICTURES, "output_type", "loras"}  # the LoRAs in their own way
-_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_LONGEST = 100_000  # characters of an infotext
+# a name is bounded, else a long word is searched from each of its letters to its end
+_PARAMETER = re.compile(r'(\w[\w \-/]{1,63}):[ \t]*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True)
@@ -295,8 +297,11 @@ def _record_of(image: Image.Image) -> dict[str, Any] | None:
 def parse_infotext(text: str) -> Infotext:
     """Take an infotext apart.
 
-    The last line holds parameters only if there are three or more of them.
+    The last line holds parameters only if there are three or more of them. A text that is longer
+    than any program writes says nothing.
     """
+    if len(text) > _LONGEST:
+        return Infotext("", "", {})
     *lines, last = text.strip().split("\n")
     found = _PARAMETER.findall(last)
     if len(found) < 3:

@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBasic, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import InvalidRequest
 from . import native, openai, page, webui
+from .bodies import Bodies
 from .drawing import first_of
 from .guard import Guard
 from .jobs import QueueFull
+from .log import without_values
+from .refusals import JSON_REFUSALS, REFUSALS, WEBUI_REFUSALS, refusal
 from .service import Gone, Service
 from .settings import Settings
 
 __all__ = ["create_app"]
 
-METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"}  # anybody can invent more
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")  # anybody can invent more
+OURS = ("/v1", "/sdapi", "/jobs", "/images", "/health", "/metrics")  # the rest is the page
 
-
-class Problem(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None = Field(description="the field that is wrong")
-    code: str | None
-
-
-class Refusal(BaseModel):
-    """The shape of OpenAI's errors, and of ours."""
-
-    error: Problem
-
-
-class WebuiRefusal(BaseModel):
-    """The shape of the WebUI's errors."""
-
-    error: str
-    detail: str
-    body: str
-    errors: str
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
-WEBUI_REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": WebuiRefusal},
-    "5XX": {"model": WebuiRefusal},
-}
+log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -78,17 +55,44 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         summary="Pictures from text with latent diffusion.",
         lifespan=lifespan,
-        max_body_size=settings.max_body,
         docs_url=None,  # their scripts would come from elsewhere
         redoc_url=None,
     )
-    app.include_router(native.router, responses=REFUSALS)
-    app.include_router(openai.router, responses=REFUSALS)
-    app.include_router(webui.router, responses=WEBUI_REFUSALS)
+    # the guard asks for the token; these are for the OpenAPI document
+    doors = (HTTPBearer(auto_error=False), HTTPBasic(auto_error=False))
+    locks = [Depends(door) for door in doors if settings.token is not None]
+    app.include_router(native.router, responses=JSON_REFUSALS, dependencies=locks)
+    app.include_router(openai.router, responses=REFUSALS, dependencies=locks)
+    app.include_router(webui.router, responses=WEBUI_REFUSALS, dependencies=locks)
     _add_errors(app, settings)
-    _add_watching(app, settings)
+    app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Guard, settings=settings)
+    _add_watching(app, settings, locks)
+    for prefix in OURS:
+        for path in (prefix, f"{prefix}/{{rest:path}}"):
+            app.router.routes.append(Route(path, Stray(app), include_in_schema=False))
     return page.mount(app, settings)
+
+
+class Stray:
+    """Answers what no endpoint of the APIs does, in their words and not the page's."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self._endpoints = list(app.routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        allowed = [method for method in METHODS if self._is_answered({**scope, "method": method})]
+        if scope["method"] == "HEAD" and "GET" in allowed:  # the same without the body
+            return await self.app.router({**scope, "method": "GET"}, receive, send)
+        if not allowed:
+            raise HTTPException(404, "there is nothing here")
+        allowed += ["HEAD"] * ("GET" in allowed)
+        hint = f"{scope['method'][:20]} does not work here; these do: {', '.join(allowed)}"
+        raise HTTPException(405, hint, {"Allow": ", ".join(allowed)})
+
+    def _is_answered(self, scope: Scope) -> bool:
+        return any(route.matches(scope)[0] is Match.FULL for route in self._endpoints)
 
 
 def _add_errors(app: FastAPI, settings: Settings) -> None:
@@ -97,21 +101,13 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     def answer(
         request: Request, status: int, message: str, field: str | None = None
     ) -> JSONResponse:
-        body: BaseModel
-        message = settings.told(message)
-        if request.url.path.startswith(webui.router.prefix):
-            body = WebuiRefusal(error="HTTPException", detail=message, body="", errors="")
-        else:
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            problem = Problem(message=message, type=kind, param=field, code=None)
-            body = Refusal(error=problem)
         headers = {}
         if status == 429:
             live = request.app.state.service.live
             headers["Retry-After"] = str(min(60, max(1, math.ceil(live.mean_seconds))))
         elif status >= 500:
             headers["x-should-retry"] = "false"  # it would fail again
-        return JSONResponse(body.model_dump(), status, headers)
+        return refusal(request.url.path, status, settings.told(message), field, headers)
 
     def in_their_words(request: Request, field: str) -> str:
         for api in (openai, webui):
@@ -130,11 +126,14 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         field, hint = first_of(error.errors())
         field = field.partition(".")[2]  # without "body"
+        field = "" if field.isdecimal() else field  # where JSON is broken is no field
         return answer(request, 400, f"{field}: {hint}" if field else hint, field)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(request, error.status_code, str(error.detail))
+        told = answer(request, error.status_code, str(error.detail))
+        told.headers.update(error.headers or {})
+        return told
 
     @app.exception_handler(QueueFull)
     async def full(request: Request, error: QueueFull) -> JSONResponse:
@@ -144,12 +143,8 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     async def gone(request: Request, error: Gone) -> JSONResponse:
         return answer(request, 499, "nobody waits for the answer any more")
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, 500, "something went wrong here; the log tells what")
 
-
-def _add_watching(app: FastAPI, settings: Settings) -> None:
+def _add_watching(app: FastAPI, settings: Settings, locks: list[Any]) -> None:
     """/health, and /metrics for Prometheus."""
     registry = CollectorRegistry()
     requests = Counter(
@@ -173,26 +168,43 @@ def _add_watching(app: FastAPI, settings: Settings) -> None:
             if scope["type"] != "http":
                 return await self.app(scope, receive, send)
             begin = time.perf_counter()
+            answered = False
 
             async def count(message: Message) -> None:
+                nonlocal answered
                 if message["type"] == "http.response.start":
+                    answered = True
                     path = getattr(scope.get("route"), "path", "other")
                     method = scope["method"] if scope["method"] in METHODS else "other"
                     requests.labels(method, path, message["status"]).inc()
                     seconds.labels(path).observe(time.perf_counter() - begin)
                 await send(message)
 
-            await self.app(scope, receive, count)
+            try:
+                await self.app(scope, receive, count)
+            except Exception as error:
+                log.error("an answer failed: %s", without_values(error))
+                if not answered:
+                    text = "something went wrong here; the log tells what"
+                    retry = {"x-should-retry": "false"}  # it would fail again
+                    told = refusal(scope["path"], 500, text, headers=retry)
+                    await told(scope, receive, count)
 
     app.add_middleware(Count)
 
-    @app.get("/health", tags=["operation"])
+    @app.get("/health", tags=["operation"], responses=REFUSALS)
     async def health(request: Request) -> dict[str, Any]:
         """Whether the server answers and its worker is ready."""
         live = request.app.state.service.live
         return {"status": "ok", "worker": "ready" if live.ready.is_set() else "starting"}
 
-    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=PlainTextResponse,
+        responses=JSON_REFUSALS,
+        dependencies=locks,
+    )
     async def metrics(request: Request) -> PlainTextResponse:
         """For Prometheus."""
         service = request.app.state.service

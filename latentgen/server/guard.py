@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+import logging
 import secrets
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import InvalidRequest
+from .refusals import refusal
 from .settings import Settings
 
 __all__ = ["Guard", "check_exposure", "is_loopback"]
 
 OPEN = {"/health"}  # paths that need no token
+
+log = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
@@ -58,17 +61,18 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        refusal = self._refusal(scope["path"], Headers(scope=scope))
-        if refusal is None:
+        refused = self._refused(scope["path"], Headers(scope=scope))
+        if refused is None:
             return await self.app(scope, receive, send)
+        status, message, headers = refused
+        client = scope.get("client")
+        log.warning("%s was refused: %s", client[0] if client else "a client", message)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        status, message, headers = refusal
-        kind = "authentication_error" if status == 401 else "invalid_request_error"
-        body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-        await JSONResponse(body, status, headers)(scope, receive, send)
+        answer = refusal(scope["path"], status, message, headers=headers)
+        await answer(scope, receive, send)
 
-    def _refusal(self, path: str, headers: Headers) -> tuple[int, str, dict[str, str]] | None:
+    def _refused(self, path: str, headers: Headers) -> tuple[int, str, dict[str, str]] | None:
         host = headers.get("host", "")
         if not self._is_ours(host):
             return 403, "this server is not called that; start it with --allowed-host", {}

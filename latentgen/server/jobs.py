@@ -13,6 +13,7 @@ import logging
 import re
 import sqlite3
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,9 +22,10 @@ import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, run_dbos_database_migrations
 from dbos import _serialization as serialization
 
+from ..errors import InvalidRequest
 from .drawing import Job
 
-__all__ = ["JobState", "Jobs", "QueueFull", "Status", "open_client"]
+__all__ = ["JobState", "Jobs", "QueueFull", "Status", "alone", "open_client"]
 
 APP = QUEUE = WORKFLOW = "latentgen"
 VERSION = "latentgen-jobs-1"  # of what the database holds; a server takes up jobs of its own only
@@ -173,6 +175,26 @@ def prepare(url: str) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
     logging.getLogger("dbos").setLevel(logging.WARNING)
     run_dbos_database_migrations(url)
+
+
+@contextlib.contextmanager
+def alone(url: str) -> Iterator[None]:
+    """Keep other servers off a PostgreSQL database: they would take up this one's jobs. An SQLite
+    file lies in a folder that is locked already.
+
+    Raises:
+        InvalidRequest: another server has it.
+    """
+    if url.startswith("sqlite"):
+        yield
+        return
+    prepare(url)
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:  # the lock lasts as long as it does
+        if not connection.execute(sa.text("SELECT pg_try_advisory_lock(7265002)")).scalar_one():
+            hint = "another server uses it; stop that one, or give each a database of its own"
+            raise InvalidRequest("database_url", engine.url.database, hint)
+        yield
 
 
 def open_client(url: str) -> DBOSClient:

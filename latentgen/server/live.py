@@ -16,10 +16,11 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .drawing import Job
 from .jobs import Jobs, JobState
 from .settings import Settings
 
-__all__ = ["Live", "Progress"]
+__all__ = ["Live", "Progress", "remove_inputs", "remove_outputs"]
 
 ASK_AGAIN = 2.0  # seconds after which the database is asked, if the worker tells nothing
 RESTART = 0.5  # seconds before a worker that died is started again
@@ -95,6 +96,8 @@ class Live:
         if state is not None and state.status == "cancelled" and process is not None:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"cancel": id}).encode() + b"\n")
+        if state is not None and state.ended is not None:
+            remove_inputs(state.job, self.settings)
         self._notify([id], ask=True)
         return state
 
@@ -138,12 +141,19 @@ class Live:
                 continue
             assert process.stdin is not None
             assert process.stdout is not None
+            if self._closing:  # while it was being started
+                process.kill()
             process.stdin.write(self.settings.to_json().encode())
-            async for line in process.stdout:
-                try:
-                    await self._hear(json.loads(line))
-                except Exception:  # a database out of reach, say: followers ask again
-                    log.exception("what the worker told was not understood")
+            try:
+                async for line in process.stdout:
+                    try:
+                        await self._hear(json.loads(line))
+                    except Exception:  # a database out of reach, say: followers ask again
+                        log.exception("what the worker told was not understood")
+            except ValueError:
+                log.error("the worker told more than %d bytes in one line", LINE)
+                process.kill()
+                await process.stdout.read()  # else its end is not heard
             code = await process.wait()
             self.ready.clear()
             self.running.clear()
@@ -186,12 +196,25 @@ class Live:
                 if state is None or state.ended is not None:
                     break
                 await asyncio.sleep(0.01)
+            if state is not None and state.ended is not None:
+                remove_inputs(state.job, self.settings)
             if state is not None and state.status == "cancelled":  # during its last step
-                for file in state.job.output_files(self.settings):
-                    file.unlink(missing_ok=True)
+                remove_outputs(state.job, self.settings)
 
     def _notify(self, ids: Iterable[str], ask: bool = False) -> None:
         for id in ids:
             for follower in self._followers.get(id, ()):
                 follower.ask = follower.ask or ask
                 follower.changed.set()
+
+
+def remove_inputs(job: Job, settings: Settings) -> None:
+    """Delete what a job started from; once it has ended, nobody asks for that."""
+    for kind in job.inputs:
+        job.input_file(settings, kind).unlink(missing_ok=True)
+
+
+def remove_outputs(job: Job, settings: Settings) -> None:
+    """Delete the pictures of a job."""
+    for file in job.output_files(settings):
+        file.unlink(missing_ok=True)

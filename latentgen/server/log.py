@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 
-__all__ = ["log_as_json"]
+__all__ = ["log_as_json", "without_values"]
 
 
 class _JsonLines(logging.Formatter):
@@ -31,3 +32,8 @@ def log_as_json() -> None:
     logging.captureWarnings(True)
     for chatty in ("httpx", "httpx2", "uvicorn.error", "dbos"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def without_values(error: BaseException) -> str:
+    """What an error is and where it happened, without its message: that may quote a client."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"

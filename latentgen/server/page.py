@@ -16,7 +16,6 @@ import html
 import logging
 import os
 import shutil
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,7 +26,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
-from gradio import processing_utils, routes
+from gradio import processing_utils, route_utils, routes
 from gradio.components.gallery import GalleryData, GalleryImage
 from gradio.data_classes import ImageData
 from gradio.exceptions import InvalidPathError
@@ -39,6 +38,7 @@ from ..lorafolder import LoraUse
 from ..request import Request
 from .drawing import Drawing, LoraChoice, checked, open_picture
 from .jobs import JobState, QueueFull
+from .log import without_values
 from .service import Service
 from .settings import Settings
 
@@ -58,6 +58,7 @@ footer {display: none !important}
 """
 
 log = logging.getLogger(__name__)
+_GET_FUNCTION = route_utils.get_fn
 
 # The settings, in the order in which they are kept and handed around.
 FIELDS = (
@@ -100,7 +101,7 @@ def mount(app: FastAPI, settings: Settings) -> FastAPI:
     restrain()
     for name in UNUSED:
         app.api_route(f"/gradio_api/{name}", methods=["GET", "POST"], include_in_schema=False)(gone)
-    page = build(settings, lambda: app.state.service)
+    page = build(settings, lambda: app.state.service).queue(max_size=settings.max_queue)
     theme = gr.themes.Soft(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(
         app,
@@ -134,6 +135,7 @@ def restrain() -> None:
     ):
         setattr(processing_utils, name, refuse_url)
     routes.secure_url_stream_response = refuse_url
+    route_utils.get_fn = a_function
     for component in (gr.ImageEditor, gr.Image, gr.File):
         component.preprocess = as_sent
     gr.ImageEditor.accept_blobs = None  # a way to send pictures that would stay in memory
@@ -143,6 +145,14 @@ def restrain() -> None:
 def refuse_url(*_arguments: Any, **_options: Any) -> NoReturn:
     """In place of fetching what a request names: who may ask us must not make us ask others."""
     raise HTTPException(403, "URLs are not fetched here; upload the file itself")
+
+
+def a_function(*arguments: Any) -> Any:
+    """Gradio's own, which breaks if there is no function of the number that was sent."""
+    try:
+        return _GET_FUNCTION(*arguments)
+    except KeyError:
+        raise HTTPException(404, "this page has no such function") from None
 
 
 def as_sent(_component: Any, payload: Any) -> Any:
@@ -436,10 +446,9 @@ def sentence(error: Exception, settings: Settings) -> str:
         case gr.Error():  # Gradio's own, of numbers beyond their limits and the like
             return str(error.message)
         case ValueError():  # Gradio's, and it quotes what was sent; the log must not
-            stack = "".join(traceback.format_tb(error.__traceback__))
-            log.warning("the page got what is not understood: %s\n%s", type(error).__name__, stack)
+            log.warning("the page got what is not understood: %s", without_values(error))
             return "This was not understood; load the page again"
-    log.error("the page failed", exc_info=error)
+    log.error("the page failed: %s", without_values(error))
     return "Something went wrong here; the log tells what"
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 from .log import log_as_json
@@ -23,27 +24,31 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 
+LATEST = 10_000  # cancelled jobs that are remembered; most of them are never drawn
+
+
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints goes to the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then leaves
     log_as_json()
     settings = Settings.from_json(sys.stdin.readline())
+    cancelled: deque[str] = deque(maxlen=LATEST)
     workers: list[Worker] = []
-    listener = threading.Thread(target=_listen, args=[workers])
+    listener = threading.Thread(target=_listen, args=[cancelled, workers])
     listener.start()
 
     from .worker import launch  # seconds of imports
 
-    workers.append(launch(settings, out))
+    workers.append(launch(settings, out, cancelled))
     listener.join()
 
 
-def _listen(workers: list[Worker]) -> None:
-    """Hear what was cancelled; leave when nobody is there any more."""
+def _listen(cancelled: deque[str], workers: list[Worker]) -> None:
+    """Hear what was cancelled, also before there is a worker; leave when nobody is there any
+    more."""
     for line in sys.stdin:
-        for worker in workers:
-            worker.cancel(json.loads(line)["cancel"])
+        cancelled.append(json.loads(line)["cancel"])
     for worker in workers:
         worker.give_up()
     os._exit(0)  # the threads that draw do not wait for anybody

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import h11
 import uvicorn
 from filelock import FileLock, Timeout
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import InvalidRequest
 from .app import create_app
 from .guard import check_exposure
+from .jobs import alone
 from .log import log_as_json
 from .settings import Settings
 
 __all__ = ["serve"]
+
+CONNECTIONS = 512  # beyond them, requests are answered 503
+
+
+class Patient(H11Protocol):
+    """A connection. uvicorn closes one on which nothing comes after an answer; this one also if
+    there never comes the whole head of a request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        later, end = self.timeout_keep_alive, self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(later, end)
+
+    def data_received(self, data: bytes) -> None:
+        waiting, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
+        super().data_received(data)  # ends the waiting with the first byte
+        if waiting is not None and self.conn.their_state is h11.IDLE:
+            self.timeout_keep_alive_task = waiting
+        elif waiting is not None:
+            waiting.cancel()
 
 
 def serve(settings: Settings) -> None:
@@ -19,7 +44,7 @@ def serve(settings: Settings) -> None:
 
     Raises:
         InvalidRequest: there is no such model, others could reach it without a token, or another
-            server keeps its things in the same folder.
+            server keeps its things in the same folder or database.
     """
     check_exposure(settings)
     settings.models()
@@ -33,17 +58,20 @@ def serve(settings: Settings) -> None:
     except OSError as error:
         hint = f"cannot be written ({error.strerror}); set LATENTGEN_HOME"
         raise InvalidRequest("data_dir", str(settings.data_dir), hint) from None
-    log_as_json()
-    name = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=64 * 1024,
-        server_header=False,
-    )
+    with alone(settings.database):
+        log_as_json()
+        name = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
+        uvicorn.run(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            http=Patient,
+            timeout_keep_alive=30,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=64 * 1024,
+            server_header=False,
+        )

@@ -7,7 +7,8 @@ import contextlib
 import datetime
 import logging
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +17,15 @@ from PIL import Image
 
 from .drawing import Drawing, Job, accept
 from .jobs import Jobs, JobState, QueueFull
-from .live import Live
+from .live import Live, remove_inputs, remove_outputs
 from .settings import Settings
 
 __all__ = ["Gone", "Service"]
 
 KEEP_DAYS = 30  # that the database remembers a job that ended; its pictures stay
 HANDS = 4  # pictures that are decoded and checked at once
+DAY = 86_400  # seconds; so often is tidied up
+CANCELLED = 1000  # of the newest cancelled jobs: a server that was killed may have left pictures
 LOOK = 1.0  # seconds between looks whether a client still waits
 PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avif)")
 
@@ -42,13 +45,16 @@ class Service:
         self.jobs = Jobs(settings.database, settings.max_queue)
         self.live = Live(settings, self.jobs)
         self.open = 0  # jobs that have not ended: right after `count`, near enough in between
+        self._coming = 0  # jobs, perhaps, on their way into the queue
         self._hands = asyncio.Semaphore(HANDS)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         await asyncio.to_thread(self._tidy)
         await self.live.start()
-        self._tasks = [asyncio.create_task(self._keep_counting())]
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._keep_counting(), self._keep_tidy())
+        ]
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -68,13 +74,14 @@ class Service:
             InvalidRequest: see `accept`.
             QueueFull: as many wait as may wait.
         """
-        job = await self.aside(accept, drawing, self.settings, image, mask_image)
-        try:
-            await asyncio.to_thread(self.jobs.put, job)
-        except QueueFull:
-            self._remove_inputs(job)
-            raise
-        self.open += 1
+        with self._place():
+            job = await self._by_hand(accept, drawing, self.settings, image, mask_image)
+            try:
+                await asyncio.to_thread(self.jobs.put, job)
+            except QueueFull:
+                remove_inputs(job, self.settings)
+                raise
+            self.open += 1
         prompt = f": {drawing.prompt}" if self.settings.log_prompts else ""
         log.info("job %s accepted, %d picture(s)%s", job.id, len(job.seeds), prompt)
         return job
@@ -86,8 +93,21 @@ class Service:
         Raises:
             QueueFull: as many jobs wait as may wait.
         """
-        if self.open >= self.settings.max_queue:
+        with self._place():
+            return await self._by_hand(work, *arguments)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place in the queue, kept for who is on the way to it."""
+        if self.open + self._coming >= self.settings.max_queue:
             raise QueueFull
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
+    async def _by_hand(self, work: Callable[..., Done], *arguments: Any) -> Done:
         async with self._hands:
             return await asyncio.to_thread(work, *arguments)
 
@@ -156,25 +176,39 @@ class Service:
             state = last
         while state.id in self.live.running:
             await asyncio.sleep(0.05)
-        self._remove_inputs(state.job)
-        for file in state.job.output_files(self.settings):
-            file.unlink(missing_ok=True)
+        remove_inputs(state.job, self.settings)
+        remove_outputs(state.job, self.settings)
         await asyncio.to_thread(self.jobs.forget, [state.id])
 
-    def _remove_inputs(self, job: Job) -> None:
-        for kind in job.inputs:
-            job.input_file(self.settings, kind).unlink(missing_ok=True)
+    def _tidy(self, untouched: float = 0.0) -> None:
+        """Forget jobs that ended long ago; delete the pictures of jobs that were cancelled, and the
+        inputs of jobs that ended or were never accepted.
 
-    def _tidy(self) -> None:
-        """Forget jobs that ended long ago, and inputs whose job was never accepted."""
+        Args:
+            untouched: seconds since an input was written, so that its job is no more on its way.
+        """
         moment = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=KEEP_DAYS)
         while old := self.jobs.ended_before(moment.isoformat()):
             for state in old:
-                self._remove_inputs(state.job)
+                remove_inputs(state.job, self.settings)
             self.jobs.forget([state.id for state in old])
+        for state in self.jobs.newest(CANCELLED, status="cancelled"):
+            remove_outputs(state.job, self.settings)
         for file in self.settings.inputs.glob("*.*"):
-            if self.jobs.get(file.name[:36]) is None:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # its job has just ended
+                if file.stat().st_mtime > time.time() - untouched:
+                    continue
+                found = self.jobs.get(file.name[:36])
+                if found is None or found.ended is not None:
+                    file.unlink()
+
+    async def _keep_tidy(self) -> None:
+        while True:
+            await asyncio.sleep(DAY)
+            try:
+                await asyncio.to_thread(self._tidy, DAY)
+            except Exception:  # the database is out of reach; it may come back
+                log.exception("nothing could be tidied up")
 
     async def _keep_counting(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import InvalidRequest
@@ -88,10 +89,19 @@ class Settings:
         own = {"data_dir": Path(told["data_dir"]), "allowed_hosts": tuple(told["allowed_hosts"])}
         return cls(**(told | own))
 
+    @cached_property
+    def default_model(self) -> Model:
+        """What `model` names; if that is on the hub, it is asked once and not with each request.
+
+        Raises:
+            InvalidRequest: there is no such model.
+        """
+        return find(self.model)
+
     def models(self) -> dict[str, Model]:
         """What can be drawn with, by name, the default first: what `model` names, the bundled
         model, and what lies in the folder `models` of the data folder."""
-        found = [find(self.model), *bundled_models()]
+        found = [self.default_model, *bundled_models()]
         folder = self.data_dir / "models"
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             try:

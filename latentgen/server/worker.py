@@ -14,8 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -24,7 +23,7 @@ from dbos import error as dbos_error
 from filelock import FileLock
 
 from .. import metadata
-from ..errors import LatentgenError
+from ..errors import InvalidRequest, LatentgenError
 from ..outputs import write_file
 from ..pipeline import LatentDiffusion, Result, Step
 from ..request import ResolvedRequest, can_join, together
@@ -35,8 +34,8 @@ from .settings import Settings
 TAKEN_UP_AGAIN = 3  # times that an interrupted job is tried once more
 CLAIMS = 50  # times that a job may be taken out without being drawn
 GATHER = 0.02  # seconds in which the other jobs of a batch may arrive
-LATEST = 10_000  # cancelled jobs that are remembered; most of them never get here
 POLL = 0.05  # seconds between looks into the database
+PREVIEW = (512, 512)  # pixels at most; the server keeps them all until the job has ended
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +67,18 @@ class Slot:
 class Worker:
     """Draws what is put into it, one batch at a time, in a thread of its own."""
 
-    def __init__(self, settings: Settings, client: DBOSClient, tell: TextIO) -> None:
+    def __init__(
+        self, settings: Settings, client: DBOSClient, tell: TextIO, cancelled: Collection[str]
+    ) -> None:
+        """`cancelled`: ids of jobs that stop at their next step; somebody else adds to them."""
         self.settings, self.client = settings, client
         self._out = tell
         self._telling = threading.Lock()
         self._arrived = threading.Condition()
         self._waiting: list[Slot] = []
         self._drawing: list[Slot] = []
-        self._cancelled: deque[str] = deque(maxlen=LATEST)
-        self._model: tuple[str, LatentDiffusion] | None = None
+        self._cancelled = cancelled
+        self._model: tuple[Any, LatentDiffusion] | None = None
         self.lock: FileLock | None = None
         threading.Thread(target=self._loop, name="draw", daemon=True).start()
 
@@ -95,10 +97,6 @@ class Worker:
             raise slot.error
         assert slot.result is not None
         return slot.result
-
-    def cancel(self, id: str) -> None:
-        """Stop drawing a job at its next step."""
-        self._cancelled.append(id)
 
     def give_up(self) -> None:
         """Note that the jobs under way were not interrupted by anything they did."""
@@ -157,22 +155,27 @@ class Worker:
             self._drawing = []
 
     def _load(self, name: str) -> LatentDiffusion:
-        """The model of a name; the one before it leaves the memory."""
-        if self._model is None or self._model[0] != name:
-            settings = self.settings
-            found = settings.models()[name]
+        """The model of a name, with the embeddings that there are; the one before it leaves the
+        memory."""
+        settings = self.settings
+        found = settings.models().get(name)
+        if found is None:
+            raise InvalidRequest("model", name, "it is not here any more")
+        files = sorted(settings.embeddings.glob("*.safetensors"))
+        wanted = (name, [(file, file.lstat().st_mtime_ns) for file in files])
+        if self._model is None or self._model[0] != wanted:
             self._model = None
             source = found.hub_id if found.hub_id is not None else found.path
             assert source is not None
             pipe = LatentDiffusion.from_pretrained(
                 source, settings.device, settings.dtype, settings.attention, found.revision
             )
-            for file in sorted(settings.embeddings.glob("*.safetensors")):
+            for file in files:
                 try:
                     pipe.load_embedding(file)
                 except LatentgenError as error:  # of another model, most likely
                     log.warning("%s is not used with %s: %s", file.name, name, error)
-            self._model = (name, pipe)
+            self._model = (wanted, pipe)
         return self._model[1]
 
     def _draw(
@@ -221,9 +224,11 @@ class Worker:
             before = step.index * (wanted + 1) // step.total
             if before < due <= wanted and not slot.done.is_set():
                 stream = io.BytesIO()
-                step.preview(first).save(stream, "PNG", compress_level=1)
+                image = step.preview(first)
+                image.thumbnail(PREVIEW)
+                image.save(stream, "PNG", compress_level=1)
                 png = base64.b64encode(stream.getvalue()).decode()
-                self.tell("preview", id=slot.job.id, number=due - 1, png=png)
+                self.tell("preview", id=slot.job.id, png=png)
             first += len(slot.job.seeds)
 
     def _write(self, result: Result, job: Job) -> list[str]:
@@ -236,12 +241,12 @@ class Worker:
         return [file.relative_to(self.settings.outputs).as_posix() for file in files]
 
 
-def launch(settings: Settings, tell: TextIO) -> Worker:
+def launch(settings: Settings, tell: TextIO, cancelled: Collection[str]) -> Worker:
     """Begin to take jobs out of the queue, as soon as no other worker of the folder does."""
     lock = FileLock(settings.data_dir / "worker.lock")
     lock.acquire()
     prepare(settings.database)
-    worker = Worker(settings, open_client(settings.database), tell)
+    worker = Worker(settings, open_client(settings.database), tell, cancelled)
     worker.lock = lock  # until the process ends
 
     # None: the limit is ours, so that such a job fails with a reason

@@ -1,5 +1,6 @@
 """Who is let in, and what is out of reach."""
 
+import asyncio
 import base64
 import io
 import json
@@ -10,7 +11,9 @@ import pytest
 from conftest import HERE, Running
 
 from latentgen.errors import InvalidRequest
+from latentgen.server.app import create_app
 from latentgen.server.guard import check_exposure
+from latentgen.server.service import Service
 from latentgen.server.settings import Settings
 
 
@@ -47,6 +50,15 @@ def test_only_who_has_the_token_is_answered(tmp_path, tiny):
             assert refused.status_code == 401
             assert "Basic" in refused.headers["WWW-Authenticate"]
         assert server.http.get("/health").status_code == 200
+        theirs = server.http.get("/sdapi/v1/progress").json()
+        assert theirs["detail"].startswith("send the token")
+        told = server.http.get("/metrics", headers={"Authorization": "Bearer sesame"}).text
+        assert 'status="401"' in told
+        assert "127.0.0.1 was refused" in server.log.read_text()
+        told = server.http.get("/openapi.json", headers={"Authorization": "Bearer sesame"}).json()
+        assert told["components"]["securitySchemes"].keys() == {"HTTPBearer", "HTTPBasic"}
+        assert told["paths"]["/jobs"]["post"]["security"]
+        assert "security" not in told["paths"]["/health"]["get"]
     finally:
         server.process.kill()
 
@@ -157,7 +169,9 @@ def test_no_url_is_fetched(server, picture):
 
 def test_bodies_are_limited(server):
     answer = server.http.post("/jobs", content=b"x" * (65 * 2**20))
-    assert answer.status_code == 413
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
+    answer = server.http.post("/sdapi/v1/txt2img", content=b"x" * 2**21)
+    assert (answer.status_code, answer.json()["error"]) == (413, "HTTPException")
     assert server.http.post("/jobs", json={"prompt": "a" * 30_000}).status_code == 400
     for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": 1}', b"[" * 10_000):
         answer = server.http.post(
@@ -165,6 +179,67 @@ def test_bodies_are_limited(server):
         )
         assert answer.status_code == 400, body[:20]
         assert answer.json()["error"]["message"]
+        assert not (answer.json()["error"]["param"] or "").isdecimal()
+
+
+def test_half_a_surrogate_pair_is_refused_and_not_broken(server):
+    for path, body in (
+        ("/jobs", r'{"prompt": "\ud800"}'),
+        ("/jobs", r'{"prompt": "a", "\ud800": 1}'),
+        ("/v1/images/generations", r'{"prompt": "a", "\ud800": 1}'),
+        ("/sdapi/v1/txt2img", r'{"prompt": "a", "\ud800": 1}'),
+        ("/sdapi/v1/txt2img", r'{"prompt": "a", "override_settings": {"\ud800": 1}}'),
+        ("/sdapi/v1/options", r'{"\ud800": 1}'),
+    ):
+        answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, (path, body)
+
+
+def test_what_breaks_is_counted_and_logged_without_what_was_sent(tmp_path, monkeypatch, caplog):
+    async def run(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.get("/sdapi/v1/progress"), await http.get("/v1/models")
+
+    def fail(_settings):
+        raise RuntimeError(" ".join(["a", "secret", "thing"]))  # not so in the source lines
+
+    app = create_app(Settings(data_dir=tmp_path))
+    monkeypatch.setattr(Settings, "models", fail)
+    app.state.service = Service(Settings(data_dir=tmp_path))
+    answers = asyncio.run(run(app))
+    assert [answer.status_code for answer in answers] == [200, 500]
+    assert "log tells" in answers[1].json()["error"]["message"]
+    assert "RuntimeError" in caplog.text
+    assert "a secret thing" not in caplog.text
+
+
+def test_no_stray_gets_the_answer_of_the_page(server):
+    for method, path, status, allow in (
+        ("GET", "/v1/images/generations", 405, "POST"),
+        ("PUT", "/jobs", 405, "GET, POST, HEAD"),
+        ("FOO", "/sdapi/v1/txt2img", 405, "POST"),
+        ("DELETE", "/health", 405, "GET, HEAD"),
+        ("OPTIONS", f"/jobs/{'a' * 36}", 405, "DELETE, GET, HEAD"),
+        ("POST", "/v1/chat/completions", 404, None),
+        ("GET", "/sdapi/v1/nothing", 404, None),
+        ("GET", "/jobs/x/y", 404, None),
+        ("GET", "/jobs/", 404, None),
+        ("GET", "/images/x", 404, None),
+        ("HEAD", "/health", 200, None),
+        ("HEAD", "/images", 200, None),
+    ):
+        answer = server.http.request(method, path)
+        assert (path, answer.status_code) == (path, status)
+        assert answer.headers.get("Allow") == allow
+        if status >= 400:
+            key = "detail" if path.startswith("/sdapi") else "error"
+            assert answer.json()[key] not in ("Not Found", "Method Not Allowed")
+    server.ended(server.submit())
+    (url, *_) = server.http.get("/images").json()["images"]
+    head = server.http.head(url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["Content-Length"]) == len(server.http.get(url).content)
 
 
 def test_clients_that_send_rubbish_or_leave_harm_nobody(server):
@@ -201,5 +276,9 @@ def test_the_openapi_document_names_every_field(server):
     told = server.http.get("/openapi.json").json()
     assert "/jobs/{id}/events" in told["paths"]
     assert "mask_image" in told["components"]["schemas"]["Drawing"]["properties"]
+    assert "Refusal" in told["components"]["schemas"]
+    for path, endpoints in told["paths"].items():
+        for endpoint in endpoints.values():
+            assert list(endpoint["responses"]["4XX"]["content"]) == ["application/json"], path
     with httpx.Client() as http:
         assert http.get(f"{server.url}/docs").status_code in (200, 404)

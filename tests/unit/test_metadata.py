@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_what_the_webui_says_in_values_that_hold_commas_survives(result):
 def test_a_text_without_three_parameters_is_all_prompt(text):
     assert parse_infotext(text).prompt == text
     assert parse_infotext(text).fields == {}
+
+
+@pytest.mark.parametrize("piece", ["a", "a ", "a: ", 'aa:"', "aa: \\", ", ", "aa:,", " "])
+@pytest.mark.parametrize("length", [100_000, 200_000])
+def test_no_text_takes_long_to_take_apart(piece, length):
+    """A word of 40,000 letters took 51 seconds once."""
+    begin = time.perf_counter()
+    info = parse_infotext("a cat\n" + (piece * length)[: length - 6])
+    assert time.perf_counter() - begin < 2
+    assert length <= 100_000 or info == parse_infotext("")
 
 
 def test_little_endian_user_comments_are_read(tmp_path):

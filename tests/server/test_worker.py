@@ -1,0 +1,53 @@
+"""The worker's parts, without a process and without weights."""
+
+import base64
+import io
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from latentgen.errors import InvalidRequest
+from latentgen.server.drawing import Drawing, accept
+from latentgen.server.settings import Settings
+from latentgen.server.worker import LatentDiffusion, Slot, Worker
+
+
+@pytest.fixture
+def worker(tmp_path):
+    return Worker(Settings(data_dir=tmp_path), None, io.StringIO(), ())
+
+
+def test_a_model_that_is_gone_is_said_to_be(worker):
+    with pytest.raises(InvalidRequest, match="not here any more"):
+        worker._load("gone")
+
+
+def test_embeddings_that_come_later_are_read(worker, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        LatentDiffusion,
+        "from_pretrained",
+        lambda *_: SimpleNamespace(load_embedding=lambda file: loaded.append(file.name)),
+    )
+    (name, *_) = worker.settings.models()
+    folder = worker.settings.embeddings
+    first = worker._load(name)
+    folder.mkdir()
+    (folder / "cat.safetensors").touch()
+    second = worker._load(name)
+    assert first is not second
+    assert worker._load(name) is second
+    os.utime(folder / "cat.safetensors", (1, 1))
+    assert worker._load(name) is not second
+    assert loaded == ["cat.safetensors"] * 2
+
+
+def test_previews_are_small(worker):
+    job = accept(Drawing(prompt="a cat", previews=1), worker.settings)
+    step = SimpleNamespace(index=0, total=2, preview=lambda k: Image.new("RGB", (2048, 1024)))
+    worker._show(step, [Slot(job, 0)])
+    told = json.loads(worker._out.getvalue())
+    assert Image.open(io.BytesIO(base64.b64decode(told["png"]))).size == (512, 256)
