@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import psutil  # type: ignore[import-untyped]  # accelerate needs it, so it is there
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
