@@ -448,7 +448,7 @@ def sentence(error: Exception, settings: Settings) -> str:
         case ValueError():  # Gradio's, and it quotes what was sent; the log must not
             log.warning("the page got what is not understood: %s", without_values(error))
             return "This was not understood; load the page again"
-    log.error("the page failed: %s", without_values(error))
+    log.error("the page failed", exc_info=error)
     return "Something went wrong here; the log tells what"
 
 
