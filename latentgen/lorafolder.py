@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 MAX_WEIGHT = 100.0
-_TAG = re.compile(r"<lora:([^>]*)>")
+_TAG = re.compile(r"<lora:([^<>]*)>")
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def accept(
             what = "pixels in all" if field == "width" else "here"
             raise InvalidRequest(field, getattr(resolved, field), f"at most {most} {what}")
     form = drawing.output_format
-    if form == "png" and "quality" in drawing.model_fields_set and drawing.quality != 100:
+    if form == "png" and drawing.quality not in (metadata.QUALITY, 100):
         hint = "PNG loses nothing; it goes with the other formats"
         raise InvalidRequest("quality", drawing.quality, hint)
     try:

@@ -705,6 +705,7 @@ def test_a_tag_says_one_weight_for_both_parts_or_text_and_unet():
         ({"prompt": "a <lora:x:1:2:3>"}, "<lora:NAME:0.8>"),
         ({"prompt": "a <lora::1>"}, "<lora:NAME:0.8>"),
         ({"prompt": "a <lora:x:1> <lora:y"}, "'<lora:y': its > is missing"),
+        ({"prompt": "<lora:" * 20_000}, "its > is missing"),  # in a moment: once it took seconds
         ({"prompt": "<lora:x:1>"}, "say what to draw"),
         ({"prompt": "a <lora:x:1> <lora:x:1>"}, "named twice"),
         ({"prompt": "a", "negative_prompt": "b <lora:x:1>"}, "belongs into the prompt"),
