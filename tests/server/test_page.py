@@ -219,7 +219,7 @@ def test_what_a_picture_tells_is_text(page, tmp_path):
     page.get_by_role("tab", name="Draw").click()
     page.fill("#prompt textarea", "a <lora:<b id=evil>:1>")
     page.click("#draw-button")
-    page.get_by_text("loras='<b id=evil': no LoRA").wait_for()
+    page.get_by_text("'<lora:<b id=evil>:1>': its > is missing").wait_for()
     assert page.locator("#evil").count() == 0
 
 
