@@ -127,6 +127,18 @@ def test_what_is_drawn_around_a_mask_is_the_part_drawn_alone(pipe):
     assert (found.request.width, found.request.height) == (32, 32)
 
 
+def test_no_pixel_of_a_mask_is_lost_when_its_part_is_drawn_smaller(pipe):
+    original, mask = random_picture(np.random.default_rng(6), 96, 96), Image.new("L", (96, 96))
+    for place in range(0, 96, 12):  # between the pixels that the nearest of each three would be
+        mask.putpixel((place, place), 255)
+    inside = np.asarray(mask) == 255
+    one, other = (
+        np.asarray(pipe.inpaint("a lemon", original, mask, seed=s, padding_mask_crop=96).image)
+        for s in (1, 2)
+    )
+    assert (one[inside] != other[inside]).any(axis=1).all()
+
+
 @pytest.mark.parametrize("where", [(0, 0), (3, 9), (31, 31), (17, 4)])
 def test_a_mask_of_one_pixel_repaints_that_pixel(pipe, picture, where):
     pixels = np.zeros((32, 32), dtype=np.uint8)

@@ -28,6 +28,8 @@ VECTORS = {
     "space rocket": 1.4,
     "spaceship": 1.6,
     "nothing": 3.0,
+    "kitten": 0.1,
+    "badger": 0.05,
 }  # fmt: skip  angles
 
 
@@ -38,7 +40,7 @@ class FakeTeacher:
         pass
 
     def words(self):
-        return ["spaceship", "nothing"]
+        return ["spaceship", "nothing", "kitten", "badger"]
 
     def __call__(self, texts):
         angles = torch.tensor([VECTORS.get(text, 3.0) for text in texts])
@@ -90,7 +92,7 @@ def test_states_are_compared_where_they_mean_the_same():
     assert train_words.alignment(caption, caption, 1) == [-1, *range(1, 10)]
 
 
-def test_a_word_is_learnt_and_captions_stay(wordnet, tmp_path, monkeypatch):
+def test_a_word_is_learnt_and_captions_stay(wordnet, tmp_path, monkeypatch, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for k, name in enumerate(("dog", "rocket", "cat", "fox")):
@@ -98,6 +100,9 @@ def test_a_word_is_learnt_and_captions_stay(wordnet, tmp_path, monkeypatch):
             pictures / f"{name}.png"
         )
         (pictures / f"{name}.txt").write_text(f"a {name}, noto style\n")
+    for colour in ("pink", "teal"):  # a caption of two things
+        Image.new("RGB", (32, 32), colour).save(pictures / f"{colour}.png")
+        (pictures / f"{colour}.txt").write_text("kitten, noto style\n")
     model = tmp_path / "model"
     pipe = LatentDiffusion(**fakes.components(sample_size=4))
     pipe.save_pretrained(model)
@@ -110,6 +115,8 @@ def test_a_word_is_learnt_and_captions_stay(wordnet, tmp_path, monkeypatch):
     words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train_words.py", *words])
     train_words.train_words()
+    # with the kitten, which stands at two pictures, and without the badger, which is held out
+    assert "4 names, 2 common words, 3 rare ones" in capsys.readouterr().out
     after = LatentDiffusion.from_pretrained(tmp_path / "out")
 
     def states(pipe, text: str) -> torch.Tensor:
