@@ -12,7 +12,7 @@ from PIL import Image
 from latentgen.errors import InvalidRequest
 from latentgen.server.drawing import Drawing, accept
 from latentgen.server.settings import Settings
-from latentgen.server.worker import LatentDiffusion, Slot, Worker
+from latentgen.server.worker import Cancelled, LatentDiffusion, Slot, Worker
 
 
 @pytest.fixture
@@ -51,3 +51,17 @@ def test_previews_are_small(worker):
     worker._show(step, [Slot(job, 0)])
     told = json.loads(worker._out.getvalue())
     assert Image.open(io.BytesIO(base64.b64decode(told["png"]))).size == (512, 256)
+
+
+def test_a_cancelled_job_takes_no_further_step(tmp_path):
+    cancelled = set()
+    worker = Worker(Settings(data_dir=tmp_path), None, io.StringIO(), cancelled)
+    jobs = [accept(Drawing(prompt=name), worker.settings) for name in ("a cat", "a dog")]
+    batch = [Slot(job, 0) for job in jobs]
+    taken = []
+    for step in worker._live(iter(range(50)), batch):
+        taken.append(step)
+        if step in (3, 7):
+            cancelled.add(jobs[len(cancelled)].id)
+    assert taken == list(range(8))  # the first one's end leaves the other's steps
+    assert [type(slot.error) for slot in batch] == [Cancelled] * 2
