@@ -298,17 +298,24 @@ def plot(found: dict[str, dict], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.4), layout="constrained")
+    kids = [each["kid"] for values in found.values() for each in values.values()]
     for left, (axis, values) in zip(axes, found.items(), strict=True):
         places = [str(value) for value in values]
+        lines = axis != "scheduler"  # which have no order
         right = left.twinx()
-        (one,) = left.plot(places, [each["top_1"] for each in values.values()], "o-", color="C0")
-        (two,) = right.plot(places, [each["kid"] for each in values.values()], "s--", color="C1")
-        left.set(title=axis, ylim=(0, 1))
+        (one,) = left.plot(
+            places, [each["top_1"] for each in values.values()], "o-" if lines else "o"
+        )
+        (two,) = right.plot(
+            places, [each["kid"] for each in values.values()], "s--" if lines else "s", color="C1"
+        )
+        left.set(title=axis, ylim=(0, 1.05))
+        right.set_ylim(min(0, *kids) - 0.02, max(0, *kids) + 0.02)  # the same in all
         left.set_ylabel("right, top 1", color="C0")
         right.set_ylabel("KID", color="C1")
-        if axis == "scheduler":
-            left.tick_params("x", rotation=60)
+        if not lines:
+            left.set_xticks(range(len(places)), places, rotation=50, ha="right")
     figure.legend([one, two], ["right", "KID to the icons"], loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=110)
 
