@@ -409,6 +409,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Jobs that may wait.")] = 100,
     max_batch: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn at once.")] = 8,
     max_images: Annotated[int, typer.Option(min=1, max=64, help="In one job.")] = 16,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Of a job.")] = 150,
     max_pixels: Annotated[int, typer.Option(min=64, help="Of a picture.")] = 2048 * 2048,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Let the log say what is asked for.")
@@ -439,6 +440,7 @@ def serve(
                 max_queue=max_queue,
                 max_batch=max_batch,
                 max_images=max_images,
+                max_steps=max_steps,
                 max_pixels=max_pixels,
                 log_prompts=log_prompts,
             )

@@ -106,7 +106,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, tiny):
-    running = Running(tmp_path_factory.mktemp("served") / "home", tiny, "--max-queue", "40")
+    flags = ["--max-queue", "40", "--max-steps", "900"]
+    running = Running(tmp_path_factory.mktemp("served") / "home", tiny, *flags)
     running.home.mkdir()
     running.start().wait()
     yield running

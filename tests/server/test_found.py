@@ -145,7 +145,7 @@ def test_strays_among_the_pictures_do_no_harm(server):
 
 
 def test_the_running_job_is_found_behind_those_that_wait(server):
-    long = {"steps": 150, "width": 256, "height": 256, "guidance_scale": 7}
+    long = {"steps": 900, "width": 256, "height": 256, "guidance_scale": 7}
     running = server.submit(**long)
     waiting = [server.submit(**long, seed=k, scheduler="euler") for k in range(20)]
     while server.job(running)["status"] == "queued":

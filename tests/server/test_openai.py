@@ -197,7 +197,7 @@ def test_quality_stays_within_the_limits(quality, own, steps):
 def test_who_hangs_up_is_not_drawn_for(client, server):
     impatient = client.with_options(timeout=1.5)
     with pytest.raises(openai.APITimeoutError):
-        impatient.images.generate(prompt="a cat", size="256x256", n=8, extra_body={"steps": 150})
+        impatient.images.generate(prompt="a cat", size="256x256", n=8, extra_body={"steps": 900})
     id = server.http.get("/jobs?limit=1").json()["jobs"][0]["id"]
     assert server.ended(id, seconds=5)["status"] == "cancelled"
 

@@ -168,14 +168,14 @@ def test_so_it_is_with_pictures(server, picture, fields, status, told):
 def test_progress_and_interrupt(server):
     idle = server.http.get("/sdapi/v1/progress").json()
     assert (idle["progress"], idle["state"]["job_count"]) == (0.0, 0)
-    asked = ALWAYS | {"prompt": "a", "steps": 150, "width": 256, "height": 256, "batch_size": 8}
+    asked = ALWAYS | {"prompt": "a", "steps": 900, "width": 256, "height": 256, "batch_size": 8}
     answers = []
     drawing = threading.Thread(target=lambda: answers.append(post(server, "txt2img", **asked)))
     drawing.start()
     while (now := server.http.get("/sdapi/v1/progress").json())["state"]["sampling_step"] < 2:
         time.sleep(0.02)
     assert 0.01 < now["progress"] < 1
-    assert now["state"]["sampling_steps"] == 150
+    assert now["state"]["sampling_steps"] == 900
     assert server.http.post("/sdapi/v1/interrupt").json() == {}
     drawing.join(20)
     assert answers[0]["images"] == json.loads(answers[0]["info"])["all_seeds"] == []
