@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentgen import LatentDiffusion
@@ -93,6 +93,17 @@ def components(
         "unet": unet.eval(),
         "scheduler": scheduler,
     }
+
+
+def autoencoder_tiny() -> AutoencoderTiny:
+    """An autoencoder without a posterior, which makes latents an eighth of a picture's size."""
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(4,) * 4,
+        decoder_block_out_channels=(4,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).eval()
 
 
 KINDS = {

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
-from fakes import parts
+from fakes import autoencoder_tiny, parts
 from PIL import Image
 
 from latentgen import LatentDiffusion
@@ -132,15 +131,9 @@ def test_what_is_drawn_around_a_mask_is_the_part_drawn_alone(pipe):
 
 
 def test_no_pixel_of_a_mask_is_lost_when_its_part_is_drawn_smaller():
-    # without a posterior, what is not repainted is the same for every seed
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(4,) * 4,
-        decoder_block_out_channels=(4,) * 4,
-        num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(1,) * 4,
-    )
+    vae = autoencoder_tiny()  # so what is not repainted is the same for every seed
     torch.nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)  # a middle grey
-    pipe = LatentDiffusion(**(parts() | {"vae": vae.eval()}))
+    pipe = LatentDiffusion(**(parts() | {"vae": vae}))
     original, mask = random_picture(np.random.default_rng(6), 96, 96), Image.new("L", (96, 96))
     for place in range(0, 96, 12):  # between the pixels that the nearest of each three would be
         mask.putpixel((place, place), 255)

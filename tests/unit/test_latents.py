@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from fakes import parts
+from fakes import autoencoder_tiny, parts
 
 from latentgen import DecodeError, latents
 
@@ -42,12 +42,7 @@ def test_encoding_samples_the_posterior_of_each_picture_from_its_own_generator(v
 
 
 def test_an_autoencoder_without_a_posterior_gives_the_same_row_and_draws_nothing(image):
-    from diffusers import AutoencoderTiny
-
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    )  # fmt: skip
+    vae = autoencoder_tiny()
     generators = latents.make_generators([1, 2])
     before = [generator.get_state() for generator in generators]
     rows = latents.encode(vae, image, generators)

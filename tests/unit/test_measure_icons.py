@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from fakes import autoencoder_tiny
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
@@ -39,14 +39,8 @@ def test_a_drawing_is_right_if_its_own_icon_is_nearest():
 
 def test_pictures_are_reconstructed_as_precisely_as_the_model_is():
     """A GPU's model has half precision; its pictures come in bytes."""
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(4,) * 4,
-        decoder_block_out_channels=(4,) * 4,
-        num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(1,) * 4,
-    ).to(torch.bfloat16)
     bench = measure_icons.Bench.__new__(measure_icons.Bench)
-    bench.pipe = SimpleNamespace(vae=vae)
+    bench.pipe = SimpleNamespace(vae=autoencoder_tiny().to(torch.bfloat16))
     (found,) = bench.reconstruct([plain("red")])
     assert found.size == (16, 16)
 
