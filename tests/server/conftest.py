@@ -88,6 +88,14 @@ class Running:
             time.sleep(0.05)
         return state
 
+    def drawn(self, id: str, steps: int, seconds: float = 120) -> None:
+        """Wait until so many steps of a job are done."""
+        end = time.monotonic() + seconds
+        while ((state := self.job(id))["progress"] or {"index": 0})["index"] < steps:
+            assert state["ended"] is None, state
+            assert time.monotonic() < end, state
+            time.sleep(0.02)
+
     def events(self, id: str) -> list[tuple[str, dict]]:
         with self.http.stream("GET", f"/jobs/{id}/events") as answer:
             lines = list(answer.iter_lines())
