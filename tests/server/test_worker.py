@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 from latentgen.errors import InvalidRequest
 from latentgen.server.drawing import Drawing, accept
 from latentgen.server.settings import Settings
-from latentgen.server.worker import Cancelled, LatentDiffusion, Slot, Worker
+from latentgen.server.worker import GATHER, Cancelled, LatentDiffusion, Slot, Worker
 
 
 @pytest.fixture
@@ -43,6 +46,33 @@ def test_embeddings_that_come_later_are_read(worker, monkeypatch):
     os.utime(folder / "cat.safetensors", (1, 1))
     assert worker._load(name) is not second
     assert loaded == ["cat.safetensors"] * 2
+
+
+def test_who_came_first_is_drawn_first(tmp_path, monkeypatch):
+    """The threads of two jobs that were taken out together may come in any order."""
+    drawn, both = [], threading.Barrier(2)
+
+    def draw(self, first, others):
+        drawn.append(first.job.request["prompt"])
+        first.result = {}
+        first.end()
+
+    class Database:
+        def list_workflows(self, workflow_ids, load_input):
+            job = next(job for job in jobs if job.id == workflow_ids[0])
+            both.wait(5)
+            if job is jobs[0]:
+                time.sleep(GATHER / 4)  # it comes second
+            return [
+                SimpleNamespace(attributes={}, recovery_attempts=0, created_at=jobs.index(job))
+            ]
+
+    monkeypatch.setattr(Worker, "_try", draw)
+    worker = Worker(Settings(data_dir=tmp_path), Database(), io.StringIO(), ())
+    jobs = [accept(Drawing(prompt=name), worker.settings) for name in ("a cat", "a dog")]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(worker.do, jobs))
+    assert drawn == [("a cat",), ("a dog",)]
 
 
 def test_previews_are_small(worker):
