@@ -113,13 +113,23 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, tiny):
+def _server(tmp_path_factory, tiny):
     flags = ["--max-queue", "40", "--max-steps", "900"]
     running = Running(tmp_path_factory.mktemp("served") / "home", tiny, *flags)
     running.home.mkdir()
     running.start().wait()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def server(_server):
+    """The server of all tests; what a test leaves unfinished is nobody else's burden."""
+    yield _server
+    for status in ("running", "queued"):
+        jobs = _server.http.get("/jobs", params={"status": status, "limit": 200}).json()["jobs"]
+        for job in jobs:
+            _server.http.post(f"/jobs/{job['id']}/cancel")
 
 
 @pytest.fixture(scope="session")

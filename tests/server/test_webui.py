@@ -177,7 +177,7 @@ def test_progress_and_interrupt(server):
     assert 0.01 < now["progress"] < 1
     assert now["state"]["sampling_steps"] == 900
     assert server.http.post("/sdapi/v1/interrupt").json() == {}
-    drawing.join(20)
+    drawing.join(120)
     assert answers[0]["images"] == json.loads(answers[0]["info"])["all_seeds"] == []
 
 

@@ -63,9 +63,7 @@ def test_who_came_first_is_drawn_first(tmp_path, monkeypatch):
             both.wait(5)
             if job is jobs[0]:
                 time.sleep(GATHER / 4)  # it comes second
-            return [
-                SimpleNamespace(attributes={}, recovery_attempts=0, created_at=jobs.index(job))
-            ]
+            return [SimpleNamespace(attributes={}, recovery_attempts=0, created_at=jobs.index(job))]
 
     monkeypatch.setattr(Worker, "_try", draw)
     worker = Worker(Settings(data_dir=tmp_path), Database(), io.StringIO(), ())
