@@ -6,6 +6,7 @@ orderly end when asked to stop. It does not know what is trained.
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ from latentgen.training.loop import (
 )
 from latentgen.training.pictures import Picture
 
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # x86, and Arm
 PATIENCE = timedelta(hours=12)  # processes wait while one draws samples or reads a whole data set
 
 Validation = Callable[[nn.Module], tuple[dict[str, float], Image.Image | None]]
@@ -112,6 +115,15 @@ def start(config: RunConfig) -> Accelerator:
             f"{accelerator.gradient_accumulation_steps}, not {config.gradient_accumulation_steps}"
         )
     config.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have said it
+    if (
+        config.mixed_precision == "bf16"
+        and accelerator.device.type == "cpu"
+        and not any(torch.cpu.get_capabilities().get(name) for name in FAST_BF16)
+    ):
+        accelerator.print(
+            "warning: this processor has no bf16, which is many times slower here than "
+            "--mixed_precision no"
+        )
     set_seed(config.seed)
     return accelerator
 
@@ -202,6 +214,16 @@ def run(
     accelerator.end_training()
     put_weights(state, state.ema)
     model.eval()
+
+
+def replace_part(source: Path, target: Path, name: str, part: Any) -> None:
+    """Save a model's folder, `source`, in `target` with another `part` under its `name`, in half
+    precision; what `source`'s own run left there stays behind."""
+    own = ("checkpoint-*", "cache", "logs", "samples", "training_config.json")
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
+    part.to("cpu", torch.float16, memory_format=torch.contiguous_format)
+    part.save_pretrained(target / name)
+    shutil.copy(source / name / "config.json", target / name)  # without the paths of this machine
 
 
 def main(train_model: Callable[[], None]) -> None:
