@@ -4,8 +4,9 @@
 
 A decoder is trained on latents of pictures, and then gets those of a U-Net, which are a little off:
 details melt. Here it sees both. The model draws each picture of the data set once, by its caption;
-half of what the decoder learns from are these latents with the picture that was meant, the other
-half are latents of pictures (all of `--kept_file`), so that it reconstructs as well as before.
+half of what the decoder learns from are these latents with the picture that was meant, if it is the
+nearest of all; the other half are latents of pictures (all of `--kept_file`), so that it goes on
+reconstructing.
 
 Encoder, text encoder and U-Net stay: latents mean what they meant, and LoRAs go on to fit. The
 result is the same model folder with another decoder.
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_vae import measure
 
+from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.config import DataConfig, flag, parse_config
@@ -28,6 +31,7 @@ from latentgen.training.data import (
     Batch,
     cached,
     pixel_batches,
+    random_crops,
     read_data,
     to_pictures,
     to_signal,
@@ -38,6 +42,7 @@ from latentgen.training.objective import peak_signal_to_noise, reconstruction_lo
 from latentgen.training.pictures import Picture, check_pictures, read_folder
 from latentgen.training.run import main, replace_part, run, start
 
+CELL = 8  # pixels to a side of a latent
 DRAWN_AT_ONCE = 16
 
 
@@ -47,27 +52,35 @@ class DecoderConfig(DataConfig):
     kept_file: str = flag("metadata.jsonl", help="listing of pictures to go on reconstructing")
     num_inference_steps: int = flag(10, help="of the drawings that it learns from")
     chroma_weight: float = flag(5.0, help="weight of colour in the loss")
-    max_train_steps: int = flag(1_500, help="steps of the optimizer")
+    crop_size: int = flag(64, help="side of the crops it learns from, in pixels")
+    max_train_steps: int = flag(500, help="steps of the optimizer")
     optimizer: Literal["adamw", "muon"] = flag("muon", help="adamw needs more steps")
     train_batch_size: int = flag(4, help="drawings, and as many pictures, a process and step")
-    learning_rate: float = flag(3e-4, help="its highest value")
-    ema_decay: float = flag(0.995, help="of the averaged weights, which are the result")
+    learning_rate: float = flag(2e-4, help="its highest value")
+    lr_warmup_steps: int = flag(50, help="steps of a linear rise from zero")
+    ema_decay: float = flag(0.99, help="of the averaged weights, which are the result")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.pretrained_model_name_or_path / "vae").is_dir():
             raise ValueError(f"{self.pretrained_model_name_or_path} is no model folder")
+        if self.crop_size % CELL or not 0 < self.crop_size <= self.resolution:
+            raise ValueError(
+                f"crop_size: {self.crop_size} is no multiple of {CELL} up to the resolution, "
+                f"{self.resolution}"
+            )
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, 8 h, 8 w) in [-1, 1]."""
+    """Latents (B, C, h, w) to pictures (B, 3, 8 h, 8 w) in [-1, 1]; only the decoder learns."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.vae = vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents).float()
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float()
 
 
 def train_decoder() -> None:
@@ -83,12 +96,14 @@ def train_decoder() -> None:
     device = accelerator.device
     folder = config.pretrained_model_name_or_path
     pipe = LatentDiffusion.from_pretrained(folder, device, torch.float32)
+    if not isinstance(pipe.vae, AutoencoderTiny):
+        raise TrainingError(f"{folder} has another autoencoder than AutoencoderTiny")
     key = " ".join(map(weights_key, (pipe.vae, pipe.text_encoder, pipe.unet)))
 
-    def all_pixels(of: list[Picture]) -> Tensor:
-        return torch.cat(list(pixel_batches(of, config.square)))  # (N, 3, R, R)
+    def read(chosen: list[Picture]) -> Tensor:
+        return torch.cat(list(pixel_batches(chosen, config.square)))  # (N, 3, R, R)
 
-    pixels, kept_pixels, held_out = map(all_pixels, (pictures, kept.pictures, unseen))
+    pixels, held_out = read(pictures), read(unseen)
 
     def draw_all() -> Tensor:
         """The model's latents of each picture's caption: (N, C, h, w). Picture k takes its k-th
@@ -107,26 +122,37 @@ def train_decoder() -> None:
         return torch.cat(parts)
 
     def encode_all() -> Tensor:
-        encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
-        return torch.cat([encoders.latents(part) for part in kept_pixels.split(64)])
+        return torch.cat([encoders.latents(part) for part in pixels.split(64)])
 
+    encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
     drawing = f"{data} {key} {config.num_inference_steps} {config.resolution}"
     with accelerator.main_process_first():
         drawn = cached(config.output_dir, drawing, draw_all)
-        encoded = cached(config.output_dir, f"{kept.fingerprint} {key} encoded", encode_all)
+        encoded = cached(config.output_dir, f"{data} {encoders.vae_key}", encode_all)
+    known = torch.cdist(drawn.flatten(1), encoded.flatten(1)).argmin(1) == torch.arange(len(drawn))
+    accelerator.print(f"{known.sum()} of {len(known)} drawings are nearest to what was meant")
+    if not known.any():
+        raise TrainingError(f"{folder} draws none of these pictures by its caption")
+    drawn, pixels = drawn[known], pixels[known]
+    pictures = [picture for picture, right in zip(pictures, known.tolist(), strict=True) if right]
 
-    model = Decoder(pipe.vae.decoder).to(memory_format=torch.channels_last)
-    model.requires_grad_(True)
-
-    def error(model: nn.Module, latents: Tensor, wanted: Tensor) -> Tensor:
-        wanted = to_signal(wanted).to(device, memory_format=torch.channels_last)
-        latents = latents.to(device, memory_format=torch.channels_last)
-        return reconstruction_loss(model(latents), wanted, config.chroma_weight)
+    model = Decoder(pipe.vae).to(memory_format=torch.channels_last)
+    cells = config.crop_size // CELL
+    places = config.resolution // CELL - cells + 1
+    corners = config.resolution - config.crop_size + 1
 
     def loss_function(model: nn.Module, batch: Batch) -> Tensor:
-        others = batch.rows_of(len(kept.pictures), len(batch.rows))
-        meant = torch.cat([pixels[batch.rows], kept_pixels[others]])
-        return error(model, torch.cat([drawn[batch.rows], encoded[others]]), meant)
+        tops, lefts = batch.integers(places), batch.integers(places)
+        latents = random_crops(drawn[batch.rows], cells, tops, lefts)
+        meant = random_crops(pixels[batch.rows], config.crop_size, CELL * tops, CELL * lefts)
+        others = read([kept.pictures[row] for row in batch.rows_of(len(kept.pictures), len(tops))])
+        others = random_crops(
+            others, config.crop_size, batch.integers(corners), batch.integers(corners)
+        )
+        latents = torch.cat([latents, encoders.latents(others)])
+        wanted = to_signal(torch.cat([meant, others]))
+        decoded = model(latents.to(device, memory_format=torch.channels_last))
+        return reconstruction_loss(decoded, wanted.to(device), config.chroma_weight)
 
     measured = torch.arange(len(pictures))[:: -(-len(pictures) // 256)]
 
