@@ -5,7 +5,7 @@
     style/     20 everyday things in the style noto-v1, which no model here has seen
     style_real/  all other pictures of that style that have a name of everyday.txt, to measure with
     mascot/    5 pictures of one robot, drawn by this script: poses and backgrounds
-    subject/   a peacock in the four styles that the model knows; it has never seen a peacock
+    subject/   a hut in the four styles that the model knows, each named; it has never seen a hut
 
 The first two and the last come from `make_dataset.py`; the mascot needs nothing.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 STYLE = "noto-v1"
 STYLE_PICTURES = 20
-SUBJECT = "peacock"
+SUBJECT = "hut"
 SIDE = 128
 
 # Of each picture of the mascot: background, how far the arms are raised (degrees), its lean
@@ -88,6 +88,7 @@ def copy_subject(held_out: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for style in ("fluent", "flat", "noto", "twemoji"):
         shutil.copyfile(held_out / style / f"{SUBJECT}.png", folder / f"{style}.png")
+        (folder / f"{style}.txt").write_text(f"a <{SUBJECT}>, {style} style\n")
 
 
 def main() -> None:
