@@ -75,8 +75,9 @@ def test_events_tell_all_steps_and_the_previews_asked_for(server):
 
 
 def test_cancelling_stops_a_job_and_leaves_no_picture(server):
-    id, waiting = server.submit(**LONG), server.submit(**LONG, seed=5)
+    id = server.submit(**LONG)
     server.drawn(id, 3)
+    waiting = server.submit(**LONG, seed=5)
     for one in (id, waiting):
         state = server.http.post(f"/jobs/{one}/cancel").json()
         assert state["status"] == "cancelled", state
