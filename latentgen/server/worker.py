@@ -54,7 +54,6 @@ class Slot:
 
     job: Job
     draws: int  # how often its drawing began before
-    place: int = 0  # in the queue; the lowest is the next
     done: threading.Event = field(default_factory=threading.Event)
     result: dict[str, Any] | None = None
     error: Exception | None = None
@@ -89,10 +88,11 @@ class Worker:
         draws = (row.attributes or {}).get(DRAWS, 0)
         if draws > TAKEN_UP_AGAIN or (row.recovery_attempts or 0) > CLAIMS:
             raise Interrupted(f"the process that drew it died {draws} times; it is not tried again")
-        slot = Slot(job, draws, row.created_at or 0)
+        slot = Slot(job, draws)
         with self._arrived:
             self._waiting.append(slot)
-            self._waiting.sort(key=lambda slot: slot.place)  # threads do not keep the order
+            # threads do not keep the order, and the database may know whole seconds only
+            self._waiting.sort(key=lambda slot: slot.job.created)
             self._arrived.notify()
         slot.done.wait()
         if slot.error is not None:

@@ -75,9 +75,8 @@ def test_events_tell_all_steps_and_the_previews_asked_for(server):
 
 
 def test_cancelling_stops_a_job_and_leaves_no_picture(server):
-    id = server.submit(**LONG)
+    id, waiting = server.submit(**LONG), server.submit(**LONG, seed=5)
     server.drawn(id, 3)
-    waiting = server.submit(**LONG, seed=5)
     for one in (id, waiting):
         state = server.http.post(f"/jobs/{one}/cancel").json()
         assert state["status"] == "cancelled", state
