@@ -23,10 +23,12 @@ HERE = "127.0.0.1"
 
 
 def pytest_collection_modifyitems(items):
-    """These tests talk to a server of their own, on this machine."""
+    """These tests talk to a server of their own, on this machine: one after the other, because a
+    server and its worker want processors too."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.enable_socket)
+            item.add_marker(pytest.mark.xdist_group("server"))
 
 
 class Running:
