@@ -58,9 +58,14 @@ NAMES = {  # of our fields, in this API
 }
 
 
-# besides an answer in one piece, a stream of events
+# besides an answer in one piece, a stream of events, told as FastAPI tells those of /jobs
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}
 }
 
 

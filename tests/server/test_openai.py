@@ -233,5 +233,8 @@ def test_the_openapi_document_tells_every_answer(server):
                 bare = ({}, {"type": "object"}, {"type": "object", "additionalProperties": True})
                 schema = {k: v for k, v in content.get("schema", {}).items() if k != "title"}
                 assert kind != "application/json" or schema not in bare, (method, path)
+                if kind == "text/event-stream":  # a stream is told by its events, not as a text
+                    assert "schema" not in content, (method, path)
+                    assert {"event", "data"} <= content["itemSchema"]["properties"].keys()
     pictures = told["paths"]["/images/{day}/{name}"]["get"]["responses"]["200"]["content"]
     assert set(pictures) == {"image/png", "image/jpeg", "image/webp", "image/avif"}
