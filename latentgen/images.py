@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
 from .errors import InvalidRequest
 
@@ -121,7 +121,8 @@ def composite(
         original: RGB, H x W.
         painted: (B, h, w, 3), float32 in [0, 1]; scaled to the box if it has another size.
         mask: "L", 0 or 255, H x W.
-        mask_blur: width in pixels of the soft edge, which lies inside the mask.
+        mask_blur: width in pixels of the soft edge, which lies inside the mask and leaves every
+            pixel of it some of the new picture.
         box: where in the original they belong: left, upper, right, lower.
 
     Returns:
@@ -133,9 +134,11 @@ def composite(
         scaled = [picture.resize(size, Image.Resampling.LANCZOS) for picture in to_pil(painted)]
         painted = np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in scaled])
     alpha = np.asarray(mask, dtype=np.float32) / 255
-    if mask_blur:
-        soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask_blur)), dtype=np.float32) / 255
-        alpha *= (2 * soft - 1).clip(0, 1)  # a straight edge has 0.5 under the blur
+    if mask_blur and not alpha.all():
+        from scipy.ndimage import distance_transform_edt
+
+        inside = distance_transform_edt(alpha)  # pixels to the nearest one that stays
+        alpha = (inside / (mask_blur + 1)).clip(0, 1).astype(np.float32)
     alpha = alpha[upper:lower, left:right, None]
     whole = np.asarray(original, dtype=np.float32) / 255
     pixels = np.repeat(whole[None], len(painted), axis=0)

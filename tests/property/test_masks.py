@@ -66,6 +66,21 @@ def test_a_soft_edge_rises_from_the_border_into_the_mask():
     assert row[-1] == 1
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("mask_blur", [1, 4, 64])
+def test_a_soft_edge_leaves_every_pixel_of_a_thin_stroke_something_new(width, mask_blur):
+    pixels = np.zeros((32, 32), dtype=np.uint8)
+    pixels[10 : 10 + width, 4:28] = 255
+    black, white = Image.new("RGB", (32, 32)), np.ones((1, 32, 32, 3), dtype=np.float32)
+    found = composite(black, white, Image.fromarray(pixels), mask_blur, (0, 0, 32, 32))[0, :, :, 0]
+    np.testing.assert_array_equal(found > 0, pixels > 0)
+
+
+def test_a_mask_without_a_border_has_no_soft_edge():
+    black, white = Image.new("RGB", (8, 8)), np.ones((1, 8, 8, 3), dtype=np.float32)
+    assert composite(black, white, Image.new("L", (8, 8), 255), 4, (0, 0, 8, 8)).min() == 1
+
+
 @pytest.mark.parametrize("trial", range(10))
 def test_the_whole_pipeline_keeps_every_byte_outside(pipe, trial):
     rng = np.random.default_rng(100 + trial)
