@@ -81,12 +81,20 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """`matrix` (rows, columns) with all its singular values moved near 1."""
+    """`matrix` (rows, columns) with all its singular values moved near 1.
+
+    A convolution's matrix has nine columns a row, so the iterations run on its square alone: each
+    is a polynomial of it, they commute, and their product goes to the matrix once, at the end.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
+    square = x @ x.T
+    product = one = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        polynomial = a * one + b * square + c * square @ square
+        product = polynomial @ product
+        square = polynomial @ square @ polynomial
+    x = product @ x
     return x.T if tall else x
