@@ -20,6 +20,7 @@ import typer
 
 from . import __version__
 from .errors import InvalidRequest, LatentgenError
+from .home import home
 from .modelfolder import DEFAULT_MODEL, Model
 from .outputs import check_file, check_folder
 
@@ -69,8 +70,15 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder, a hub id, or a .safetensors checkpoint.",
+        help="A folder, a .safetensors checkpoint, a name of `latentgen models`, or a hub id.",
         show_default="the bundled model",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="For a checkpoint: a model folder of its kind, for what such files lack.",
+        show_default="the usual one, from the hub",
     ),
 ]
 Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
@@ -132,6 +140,7 @@ def _drawing_flags(
     lora: Loras = None,
     embedding: Embeddings = None,
     model: ModelName = DEFAULT_MODEL,
+    config: Config = None,
     device: Device = None,
     dtype: Dtype = None,
     attention: Attention = None,
@@ -300,16 +309,26 @@ def evaluate(
         flags |= {"num_inference_steps": steps, "loras": lora or None}
         settings = {name: value for name, value in flags.items() if value is not None}
         found = modelfolder.find(model)
+        if num_images is not None:
+            settings["num_images"] = num_images
         for entry in wanted.entries:
-            Request(**(entry | settings | {"num_images": num_images or 1})).resolve(found)
+            Request(**(entry | settings)).resolve(found)
         own = found.path if found.path is not None and found.path.is_dir() else None
         judge_folder = clip if clip is not None else own
         brings_one = own is not None and (own / "image_encoder").is_dir()
         if judge_folder is None or (clip is None and not brings_one):
             hint = "it has no image_encoder to judge with: --clip openai/clip-vit-base-patch32 has"
             raise InvalidRequest("model", model, hint)
-        if images is not None and not images.is_dir():
-            raise InvalidRequest("images", images, "no such folder")
+        if images is not None:
+            if not images.is_dir():
+                raise InvalidRequest("images", images, "no such folder")
+            of_drawing = {"seed": seed, "num_images": num_images, "steps": steps, "lora": lora}
+            of_drawing |= {"guidance_scale": guidance_scale, "scheduler": scheduler}
+            of_drawing |= {"embedding": embedding, "device": device, "dtype": dtype}
+            of_drawing |= {"attention": attention}
+            if given := [f"--{_dashed(name)}" for name, value in of_drawing.items() if value]:
+                hint = f"pictures that are there are measured, not drawn; leave out {given[0]}"
+                raise InvalidRequest("images", images, hint)
         if real_dir is not None and not real_dir.is_dir():
             raise InvalidRequest("real_dir", real_dir, "no such folder")
         check_folder(output)
@@ -341,7 +360,7 @@ def evaluate(
                     wanted,
                     judge,
                     real,
-                    num_images,
+                    settings.pop("num_images", None),
                     seed,
                     lambda done, total: progress.update(task, completed=done, total=total),
                     **settings,
@@ -360,12 +379,16 @@ def models() -> None:
     from . import modelfolder
 
     table = Table("model", "size", "steps", "guidance", "where", box=None)
-    found = modelfolder.bundled_models() + modelfolder.cached_models()
-    for entry in found:
-        size = f"{entry.width} x {entry.height}"
-        where = "bundled" if entry.hub_id is None else "hub cache"
-        steps, guidance = str(entry.num_inference_steps), f"{entry.guidance_scale:g}"
-        table.add_row(entry.name, size, steps, guidance, where)
+    places = {
+        "bundled": modelfolder.bundled_models(),
+        "models in LATENTGEN_HOME": modelfolder.models_in(home() / "models"),
+        "hub cache": modelfolder.cached_models(),
+    }
+    for where, found in places.items():
+        for entry in found:
+            size = "" if entry.is_single_file else f"{entry.width} x {entry.height}"
+            steps, guidance = str(entry.num_inference_steps), f"{entry.guidance_scale:g}"
+            table.add_row(entry.name, size, steps, guidance, where)
     Console().print(table)
     typer.echo("--model also takes any folder in the diffusers layout or .safetensors checkpoint.")
 
@@ -510,6 +533,7 @@ def _draw(
     output: Path | None,
     steps: int | None,
     model: str,
+    config: Path | None,
     device: str | None,
     dtype: str | None,
     attention: str | None,
@@ -539,7 +563,7 @@ def _draw(
             if grid:
                 check_file(_sheet_name(output))
         frames: list[Any] | None = [] if gif is not None else None
-        result = _finish(request, model, device, dtype, attention, embedding, frames)
+        result = _finish(request, model, device, dtype, attention, embedding, frames, config)
         target = output if output is not None else _default_name(result)
         written = result.save(target, quality)
         if grid:
@@ -568,6 +592,7 @@ def _finish(
     attention: str | None,
     embeddings: list[Path] | None = None,
     frames: list[Any] | None = None,
+    config: Path | None = None,
 ) -> Result:
     """Check everything, load the model, draw with a progress bar; `frames` collects previews."""
     from rich.progress import (
@@ -580,7 +605,11 @@ def _finish(
 
     from . import modelfolder
 
-    request = request.resolve(modelfolder.find(model))
+    found = modelfolder.find(model)
+    if config is not None and not found.is_single_file:
+        raise InvalidRequest("config", str(config), "goes with a .safetensors checkpoint")
+    if not found.is_single_file:  # such a file does not tell its size before it is loaded
+        request = request.resolve(found)
     console = _console()
     with console.status("loading the model"):
         from latentgen import LatentDiffusion
@@ -589,7 +618,9 @@ def _finish(
 
         for file in embeddings or ():
             read_embedding(file)  # refused before the model is read
-        pipe: LatentDiffusion = LatentDiffusion.from_pretrained(model, device, dtype, attention)
+        pipe: LatentDiffusion = LatentDiffusion.from_pretrained(
+            model, device, dtype, attention, config=config
+        )
         for file in embeddings or ():
             token = pipe.load_embedding(file)
             texts = [*request.prompt, *(request.negative_prompt or ())]

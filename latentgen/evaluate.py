@@ -146,6 +146,8 @@ def evaluate(
         settings: fields of a request that win over those of the prompt set.
     """
     each = num_images_of(prompts, num_images)
+    if real is not None:
+        _check_enough(len(prompts.entries) * each, len(real))
     images: list[Image.Image] = []
     total = len(prompts.entries) * each
     seconds = 0.0
@@ -158,12 +160,15 @@ def evaluate(
         on_picture(len(images), total)
     metrics = measure(images, prompts.prompts, judge, real)
     metrics["seconds_per_picture"] = seconds / total
+    first, *others = prompts.entries
+    shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
     facts = {
+        **{name: value for name, value in shared.items() if name != "prompt"},
         "model": pipe.model.name,
         "prompts": prompts.name,
         "num_prompts": len(prompts.entries),
         "num_images": each,
-        "seed": seed,
+        "seed": first.get("seed", 0) if seed is None else seed,
         "clip": judge.name,
         "num_real": len(real) if real is not None else None,
         **settings,
@@ -220,9 +225,8 @@ def _load(kind: Any, folder: str | Path) -> Any:
 
 def _kid(drawn: Tensor, real: Tensor) -> float:
     """KID with the kernel (cos + 1)^3, over subsets that are always the same."""
+    _check_enough(len(drawn), len(real))
     size = min(len(drawn), len(real), KID_SUBSET_SIZE)
-    if size < 2:
-        raise InvalidRequest("real", f"{len(real)} pictures", "KID needs two of each at least")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps all features in memory
         metric = KernelInceptionDistance(torch.nn.Identity(), KID_SUBSETS, size, gamma=1.0)
@@ -231,6 +235,12 @@ def _kid(drawn: Tensor, real: Tensor) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return metric.compute()[0].item()
+
+
+def _check_enough(drawn: int, real: int) -> None:
+    if min(drawn, real) < 2:
+        hint = f"KID needs two of each at least; there are {drawn} to compare them with"
+        raise InvalidRequest("real", f"{real} pictures", hint)
 
 
 def _labelled(image: Image.Image, caption: str) -> Image.Image:

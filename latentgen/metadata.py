@@ -386,11 +386,17 @@ def request_from_infotext(
     else:
         notes.append("Size, which it does not tell")
     if sampler := left.pop("Sampler", None):
-        name = " ".join([sampler, left.pop("Schedule type", "Automatic")])
-        try:
-            options["scheduler"] = str(schedulers.parse(name))
-        except InvalidRequest:
-            notes.append(f"the sampler {name!r} is not known here; the model's own is used")
+        schedule = left.pop("Schedule type", "Automatic")
+        for said in (schedule, "Automatic"):
+            try:
+                options["scheduler"] = str(schedulers.parse(f"{sampler} {said}"))
+            except InvalidRequest:
+                continue
+            if said != schedule:
+                notes.append(f"Schedule type: {schedule}, which {sampler} does not have here")
+            break
+        else:
+            notes.append(f"the sampler {sampler!r} is not known here; the model's own is used")
     if left.pop("RNG", None) != "CPU":
         notes.append("its noise was drawn on a GPU, or by another program")
     for key in ("Model", "Model hash", "Version", "Inpaint area"):

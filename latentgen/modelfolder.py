@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InvalidRequest
+from .home import home
 
 __all__ = [
     "CONVERT",
@@ -33,8 +34,10 @@ __all__ = [
     "file_sha256",
     "find",
     "is_hub_id",
+    "models_in",
     "read_header",
     "read_json",
+    "variant_of",
 ]
 
 _BUNDLED = Path(__file__).parent / "models"
@@ -50,7 +53,13 @@ _KINDS = {
 }
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _WEIGHTS = ("vae", "text_encoder", "unet")
-_OWN = ("num_inference_steps", "guidance_scale", "scheduler", "height", "width")
+_OWN = {  # latentgen.json, and what its values are
+    "num_inference_steps": int,
+    "guidance_scale": int | float,
+    "scheduler": str,
+    "height": int,
+    "width": int,
+}
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
@@ -87,6 +96,8 @@ class Model:
         prediction_type: "epsilon", "v_prediction" or "sample".
         variant: "fp16" if its weights are there in that variant only.
         sees_mask: its U-Net has nine input channels and was trained for inpainting alone.
+        embeds_guidance: its U-Net takes the guidance scale as an input (latent consistency models),
+            so there is no second prediction to guide away from.
     """
 
     name: str
@@ -103,6 +114,7 @@ class Model:
     prediction_type: str = "epsilon"
     variant: str | None = None
     sees_mask: bool = False
+    embeds_guidance: bool = False
 
     @property
     def is_single_file(self) -> bool:
@@ -139,8 +151,9 @@ def find(model: str | Path, revision: str | None = None) -> Model:
     """Find a model and check everything about it that can be checked without its weights.
 
     Args:
-        model: a folder, a `.safetensors` file, or a hub id such as `someone/some-model`. The hub is
-            asked only for JSON files here, and not at all under `HF_HUB_OFFLINE=1`.
+        model: a folder, a `.safetensors` file, the name of a bundled model or of one in the folder
+            `models` of latentgen's home, or a hub id such as `someone/some-model`. The hub is asked
+            only for JSON files here, and not at all under `HF_HUB_OFFLINE=1`.
         revision: a branch, tag or commit on the hub.
 
     Raises:
@@ -157,11 +170,14 @@ def find(model: str | Path, revision: str | None = None) -> Model:
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
     if not is_hub_id(model):
+        for own in bundled_models() + models_in(home() / "models"):
+            if own.name == str(model):
+                return own
         raise InvalidRequest(
             "model",
             str(model),
-            "no such folder or file; give a folder with a model_index.json, a .safetensors file "
-            "or a hub id such as someone/some-model",
+            "no such folder or file; give a folder with a model_index.json, a .safetensors file, "
+            "a name that `latentgen models` lists, or a hub id such as someone/some-model",
         )
     folder = fetch(str(model), ["*.json"], revision)
     return _from_folder(folder, str(model), str(model), revision)
@@ -198,6 +214,17 @@ def fetch(
 def bundled_models() -> list[Model]:
     """The models that come with the package."""
     return [find(index.parent) for index in sorted(_BUNDLED.glob("*/model_index.json"))]
+
+
+def models_in(folder: Path) -> list[Model]:
+    """The models that lie in a folder: folders and checkpoints."""
+    models = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            models.append(find(path))
+        except InvalidRequest:
+            continue  # something else, or a copy that is not complete yet
+    return models
 
 
 def cached_models() -> list[Model]:
@@ -295,7 +322,9 @@ def _from_folder(
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     sample = unet.get("sample_size") or 64
-    rows, columns = sample if isinstance(sample, list) else (sample, sample)
+    rows, columns = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
+    if not all(isinstance(side, int) for side in (rows, columns)):
+        raise InvalidRequest("model", str(path), f"its U-Net's sample_size is {sample!r}")
     facts = {
         "vae_scale_factor": factor,
         "height": rows * factor,
@@ -303,7 +332,8 @@ def _from_folder(
         "scheduler_class": scheduler.get("_class_name", ""),
         "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "sees_mask": unet.get("in_channels") == 9,
-        "variant": _variant(path / "unet"),
+        "embeds_guidance": unet.get("time_cond_proj_dim") is not None,
+        "variant": variant_of(path / "unet"),
     }
     own = path / "latentgen.json"
     if own.is_file():
@@ -311,15 +341,20 @@ def _from_folder(
     return Model(name, path, hub_id, revision, **facts)
 
 
-def _variant(unet: Path) -> str | None:
-    names = [file.name for file in unet.glob("*.safetensors")]
+def variant_of(folder: Path) -> str | None:
+    """ "fp16" if a part's weights are there in that variant only."""
+    names = [file.name for file in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _own_defaults(path: Path) -> dict[str, Any]:
     own = read_json(path)
-    if unknown := sorted(own.keys() - set(_OWN)):
+    if unknown := sorted(own.keys() - _OWN.keys()):
         raise InvalidRequest("model", str(path), f"does not know {unknown}; knows {sorted(_OWN)}")
+    for name, value in own.items():
+        kind = _OWN[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InvalidRequest("model", str(path), f"its {name} is {value!r}")
     return own
 
 

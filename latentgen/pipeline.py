@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import FromSingleFileMixin
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import adapters, images, latents, lorafolder, modelfolder, schedulers
 from .conditioning import MaskBlend, inpainting_channels, latent_mask
@@ -42,7 +43,7 @@ from .request import (
     ResolvedRequest,
     StreamOptions,
 )
-from .text import encode_prompts
+from .text import by_length, encode_prompts
 
 # Components of a model folder that nothing here runs.
 _LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -162,15 +163,18 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         dtype: torch.dtype | str | None = None,
         attention: str | None = None,
         revision: str | None = None,
+        config: str | Path | None = None,
     ) -> LatentDiffusion:
         """Load a model.
 
         Args:
-            model: a folder in the diffusers layout, a hub id, or a `.safetensors` checkpoint.
+            model: a folder in the diffusers layout, a `.safetensors` checkpoint, a name that
+                `latentgen models` lists, or a hub id.
             device: "cuda", "mps", "cpu"; None takes the best there is.
             dtype: "float32", "float16", "bfloat16"; None is float16 on CUDA and float32 elsewhere.
             attention: "sdpa" (torch's own; the default), "xformers" or "sliced" (less memory).
             revision: a branch, tag or commit on the hub.
+            config: for a checkpoint, as in `from_single_file`.
 
         Raises:
             InvalidRequest: the model is missing, damaged, of another kind or a pickle, or the
@@ -178,18 +182,20 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """
         found = modelfolder.find(model, revision)
         if found.is_single_file:
-            return cls.from_single_file(model, device, dtype, attention)
+            assert found.path is not None
+            return cls.from_single_file(found.path, device, dtype, attention, config)
         device, dtype = _pick(device, dtype, attention)
+        source = str(found.path) if found.hub_id is None else found.hub_id
+        how = {"revision": revision, "variant": found.variant, "dtype": dtype}
+        how["use_safetensors"] = True
         try:
+            text_encoder = quietly(_whole_text_encoder, found, source, how)
             pipe = quietly(
-                super().from_pretrained,
-                str(found.path) if found.hub_id is None else found.hub_id,
-                revision=revision,
-                variant=found.variant,
-                dtype=dtype,
-                use_safetensors=True,
-                **_LEFT_OUT,
+                super().from_pretrained, source, text_encoder=text_encoder, **how, **_LEFT_OUT
             )
+            for part in ("vae", "unet"):  # diffusers leaves what it does not find without numbers
+                parameters = getattr(pipe, part).named_parameters()
+                _refuse_missing(part, [name for name, value in parameters if value.is_meta])
         except (OSError, ValueError, RuntimeError) as error:
             hint = f"its files do not fit together ({_first_line(error)})"
             raise InvalidRequest("model", str(model), hint) from error
@@ -226,7 +232,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             hint = (
                 f"cannot be read as a Stable Diffusion checkpoint ({_first_line(error)}); "
-                "if this machine is offline, name a model folder of the same kind as config"
+                "if this machine is offline, give a model folder of the same kind as --config"
             )
             raise InvalidRequest("model", str(path), hint) from error
         return pipe._settle(None, device, attention, name=found.name, path=found.path)
@@ -263,6 +269,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             scheduler_class=type(self.scheduler).__name__,
             prediction_type=self.scheduler.config.get("prediction_type", "epsilon"),
             sees_mask=self.unet.config.in_channels == 9,
+            embeds_guidance=self.unet.config.time_cond_proj_dim is not None,
         )
 
     # LoRAs and textual inversions.
@@ -453,8 +460,11 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         generators = latents.make_generators(request.seeds)
         of_text = adapters.weighted((a.text_encoder, use.text_encoder_weight) for use, a in loras)
         with adapters.applied(of_text):
-            embeds, guidance_scale, unet_kwargs = self._encode_prompts(request)
+            rows, guidance_scale, unet_kwargs = self._encode_prompts(request)
         unet = adapters.adapted(self.unet, adapters.weighted((a.unet, u.weight) for u, a in loras))
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) > 1:
+            unet = by_length(unet, lengths)
         scheduler = schedulers.create(request.scheduler, self._scheduler_config())
         timesteps = schedulers.plan(
             scheduler,
@@ -470,7 +480,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             scheduler,
             timesteps,
             start,
-            embeds,
+            pad_sequence(rows, batch_first=True),
             guidance_scale=guidance_scale,
             guidance_rescale=request.guidance_rescale,
             extra_channels=extra_channels,
@@ -494,7 +504,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
 
     @torch.inference_mode()
     def _encode_prompts(self, request: ResolvedRequest):
-        """Embeddings (B or 2B, tokens, dim), the scale of guidance or None, U-Net arguments."""
+        """B or 2B embeddings (tokens, dim), the scale of guidance or None, U-Net arguments."""
         unet_kwargs: dict[str, Any] = {}
         embedding_size = self.unet.config.time_cond_proj_dim
         guided = request.guidance_scale > 1 and embedding_size is None
@@ -505,14 +515,15 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             [self._expand(text) for text in request.prompt],
             [self._expand(text) for text in negatives if guided],
         )
-        embeds = positive.repeat_interleave(request.num_images, dim=0)
-        if guided:
-            embeds = torch.cat([negative.repeat_interleave(request.num_images, dim=0), embeds])
+        rows = [
+            row.to(self.unet.dtype)
+            for row in [*negative, *positive]  # none of `negative` without guidance
+            for _ in range(request.num_images)
+        ]
         if embedding_size is not None:
-            embedding = guidance_embedding(request.guidance_scale, len(embeds), embedding_size)
-            unet_kwargs["timestep_cond"] = embedding.to(embeds)
-        embeds = embeds.to(self.unet.dtype)
-        return embeds, request.guidance_scale if guided else None, unet_kwargs
+            embedding = guidance_embedding(request.guidance_scale, len(rows), embedding_size)
+            unet_kwargs["timestep_cond"] = embedding.to(rows[0])
+        return rows, request.guidance_scale if guided else None, unet_kwargs
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded."""
@@ -656,6 +667,30 @@ def _given(name: str, picture: Any) -> Any:
     if picture is None:
         raise InvalidRequest(name, None, "give a PIL image, an array or a path")
     return picture
+
+
+def _whole_text_encoder(found: Model, source: str | None, how: dict[str, Any]):
+    """The text encoder, which transformers would fill up with random numbers where its file lacks
+    some."""
+    import transformers
+
+    assert found.path is not None
+    library, name = modelfolder.read_json(found.path / "model_index.json")["text_encoder"]
+    if library != "transformers":
+        raise ValueError(f"its text_encoder is a {name} of {library}")
+    kind = getattr(transformers, name)
+    how = how | {"variant": modelfolder.variant_of(found.path / "text_encoder")}
+    model, facts = kind.from_pretrained(
+        source, subfolder="text_encoder", output_loading_info=True, **how
+    )
+    _refuse_missing("text_encoder", sorted(facts["missing_keys"]))
+    return model.eval()
+
+
+def _refuse_missing(part: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(f"the weights of its {part} lack {names[0]}{more}")
 
 
 def _first_line(error: Exception) -> str:

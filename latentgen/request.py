@@ -214,7 +214,7 @@ class Request:
 
         Raises:
             InvalidRequest: a size that the VAE's factor does not divide, a strength that leaves no
-                step to run, or a LoRA that is found nowhere.
+                step to run, more steps than the scheduler has, or a LoRA that is found nowhere.
         """
         if model.sees_mask and self.mode != "inpaint":
             hint = "an inpainting model (nine input channels): give an image and a mask_image"
@@ -247,6 +247,13 @@ class Request:
             least = min(1.0, math.ceil(100 / steps) / 100)
             hint = f"leaves none of the {steps} steps to run; give at least {least:g} or more steps"
             raise InvalidRequest("strength", resolved.strength, hint)
+        solver = model.scheduler_class
+        if resolved.scheduler is not None:
+            solver = schedulers.parse(resolved.scheduler).entry.cls
+        most = schedulers.MAX_STEPS.get(solver, MAX_STEPS)
+        if resolved.num_inference_steps > most:
+            hint = f"{solver} has {most} steps at most; 2 to 8 are what it is for"
+            raise InvalidRequest("num_inference_steps", resolved.num_inference_steps, hint)
         if self.eta and resolved.scheduler is None and model.scheduler_class not in _TAKE_ETA:
             hint = f"the model's own {model.scheduler_class} takes no eta; scheduler='ddim' does"
             raise InvalidRequest("eta", self.eta, hint)
@@ -256,10 +263,11 @@ class Request:
                 able = ", ".join(name for name, other in schedulers.NAMES.items() if other.sample)
                 hint = f"cannot run a model that predicts the sample; these can: {able}"
                 raise InvalidRequest("scheduler", resolved.scheduler, hint)
-        if resolved.guidance_scale == 1:
+        if resolved.guidance_scale == 1 or model.embeds_guidance:
+            why = "this model" if model.embeds_guidance else "guidance_scale 1"
             for name in ("negative_prompt", "guidance_rescale"):
-                if getattr(self, name):
-                    warnings.warn(f"{name} has no effect with guidance_scale 1", stacklevel=2)
+                if getattr(self, name) and not isinstance(self, ResolvedRequest):  # told already
+                    warnings.warn(f"{name} has no effect with {why}", stacklevel=2)
         return resolved
 
     @property

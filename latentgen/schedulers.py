@@ -20,7 +20,10 @@ from typing import Any
 
 from .errors import InvalidRequest
 
-__all__ = ["NAMES", "SPACINGS", "SPREADS", "SchedulerName", "create", "parse", "plan"]
+__all__ = ["MAX_STEPS", "NAMES", "SPACINGS", "SPREADS", "SchedulerName", "create", "parse", "plan"]
+
+
+SPACINGS = ("leading", "linspace", "trailing")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Entry:
         spreads: whether it takes karras, exponential and beta noise levels.
         eta: whether its step takes `eta`.
         sample: whether it runs models that predict the clean sample.
+        spacings: how its timesteps can be spaced.
     """
 
     cls: str
@@ -49,6 +53,7 @@ class Entry:
     spreads: bool = True
     eta: bool = False
     sample: bool = True
+    spacings: tuple[str, ...] = SPACINGS
 
 
 NAMES: dict[str, Entry] = {
@@ -128,6 +133,7 @@ NAMES: dict[str, Entry] = {
         "singlestep with fresh noise in every step",
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "lower_order_final": True},
         spread_by_default="karras",
+        spacings=("linspace",),
     ),
     "dpm++_2s": Entry(
         "DPMSolverSinglestepScheduler",
@@ -136,6 +142,7 @@ NAMES: dict[str, Entry] = {
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
         ("dpm++_2s_a", "dpm++_2s_ancestral"),
         spread_by_default="karras",
+        spacings=("linspace",),
     ),
     "unipc": Entry(
         "UniPCMultistepScheduler",
@@ -144,7 +151,11 @@ NAMES: dict[str, Entry] = {
         aliases=("uni_pc", "uni_pc_bh2"),
     ),
     "lcm": Entry(
-        "LCMScheduler", "LCM", "for latent consistency models: 2 to 8 steps", spreads=False
+        "LCMScheduler",
+        "LCM",
+        "for latent consistency models: 2 to 8 steps",
+        spreads=False,
+        spacings=(),
     ),
     "tcd": Entry(
         "TCDScheduler",
@@ -152,8 +163,10 @@ NAMES: dict[str, Entry] = {
         "for trajectory consistency models: 2 to 8 steps; eta is its gamma",
         spreads=False,
         eta=True,
+        spacings=(),
     ),
 }
+MAX_STEPS = {"LCMScheduler": 50, "TCDScheduler": 50}  # they pick theirs out of fifty
 
 SPREADS: dict[str, str] = {  # how the noise levels are spread -> the option of diffusers
     "normal": "",
@@ -162,7 +175,6 @@ SPREADS: dict[str, str] = {  # how the noise levels are spread -> the option of 
     "beta": "use_beta_sigmas",
     "lu": "use_lu_lambdas",
 }
-SPACINGS = ("leading", "linspace", "trailing")
 _AYS = "align your steps"
 _TAKES_TIMESTEPS = ("DDPM", "EulerDiscrete", "Heun", "DPMSolver")
 
@@ -188,7 +200,8 @@ def parse(text: str) -> SchedulerName:
 
     Raises:
         InvalidRequest: nobody calls a scheduler that (the nearest names are told), the scheduler
-            cannot have its noise levels spread like that, or two ways are named.
+            cannot have its noise levels spread or its timesteps spaced like that, or two ways are
+            named.
     """
     if not isinstance(text, str):
         raise InvalidRequest("scheduler", text, "the name of a scheduler, for example 'euler'")
@@ -237,6 +250,13 @@ def parse(text: str) -> SchedulerName:
             text,
             f"{name} has timesteps of its own; these can be told: {', '.join(able)}",
         )
+    if spacing == _AYS and spread not in (None, "normal"):
+        hint = f"align your steps names the timesteps, so there are no {spread} noise levels"
+        raise InvalidRequest("scheduler", text, hint)
+    if spacing in SPACINGS and spacing not in NAMES[name].spacings:
+        able = [other for other in NAMES if spacing in NAMES[other].spacings]
+        hint = f"{name} has a spacing of its own; {spacing} can be had with: {', '.join(able)}"
+        raise InvalidRequest("scheduler", text, hint)
     return SchedulerName(name, spread, spacing)
 
 
@@ -256,7 +276,7 @@ def create(text: str | None, config: dict[str, Any]):
     # Latents are not pixels: clipping them to [-1, 1], DDIM's and DDPM's default, ruins them.
     options: dict[str, Any] = {"clip_sample": config.get("clip_sample", False)}
     options |= wanted.entry.options
-    if wanted.spread:
+    if wanted.spread or wanted.spacing == _AYS:
         options |= {flag: name == wanted.spread for name, flag in SPREADS.items() if flag}
     if wanted.spacing and wanted.spacing != _AYS:
         options["timestep_spacing"] = wanted.spacing

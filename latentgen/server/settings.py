@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import InvalidRequest
 from ..home import home
-from ..modelfolder import DEFAULT_MODEL, Model, bundled_models, find
+from ..modelfolder import DEFAULT_MODEL, Model, bundled_models, find, models_in
 
 __all__ = ["Settings"]
 
@@ -101,14 +100,11 @@ class Settings:
     def models(self) -> dict[str, Model]:
         """What can be drawn with, by name, the default first: what `model` names, the bundled
         model, and what lies in the folder `models` of the data folder."""
-        found = [self.default_model, *bundled_models()]
-        folder = self.data_dir / "models"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            try:
-                found.append(find(path))
-            except InvalidRequest:
-                continue  # something else, or a copy that is not complete yet
         names: dict[str, Model] = {}
-        for model in found:
+        for model in [
+            self.default_model,
+            *bundled_models(),
+            *models_in(self.data_dir / "models"),
+        ]:
             names.setdefault(model.name, model)
         return names

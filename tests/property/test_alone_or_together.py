@@ -44,6 +44,19 @@ def test_prompts_come_before_pictures_in_a_batch(pipe):
         np.testing.assert_allclose(batch.images[k], alone.images[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_long_prompt_in_the_batch_changes_no_other_picture(pipe, picture, mask, with_mask):
+    """CLIP reads 75 tokens at a time: more of them are more for the U-Net to attend to."""
+    options = {"num_inference_steps": 2, "output_type": "latent", "num_images": 2}
+    options |= {"image": picture, "mask_image": mask} if with_mask else {}
+    prompts = ["a cat", "a red apple " * 40, "a dog"]
+    negatives = ["", "blue", "a sad face " * 60]
+    batch = pipe.generate(prompts, negatives, seed=70, **options)
+    for k, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        alone = pipe.generate(prompt, negative, seed=70 + 2 * k, **options)
+        np.testing.assert_allclose(batch.images[2 * k : 2 * k + 2], alone.images, atol=1e-5)
+
+
 @settings(max_examples=50)
 @given(seed=st.integers(0, 2**62), count=st.integers(1, 6), data=st.data())
 def test_starting_noise_is_bit_equal_alone_or_together(seed, count, data):

@@ -31,14 +31,14 @@ def test_every_token_reaches_the_text_encoder_in_order(seed):
     prompts = random_prompts(seed)
     words, recorder = parts()["tokenizer"], Recorder()
     positive, _ = encode_prompts(words, recorder, prompts, [])
-    chunks = recorder.ids.reshape(len(prompts), -1, 77)
-    assert positive.shape == (len(prompts), chunks.shape[1] * 77, 1)
-    for rows, prompt in zip(chunks.tolist(), prompts, strict=True):
+    counts = [len(row) // 77 for row in positive]
+    chunks = recorder.ids.split(counts)  # of each prompt
+    for rows, prompt in zip(chunks, prompts, strict=True):
         kept = []
-        for row in rows:
+        for row in rows.tolist():
             assert row[0] == words.bos_token_id
             assert words.eos_token_id in row
             kept += row[1 : row.index(words.eos_token_id)]
         assert kept == words(prompt, add_special_tokens=False).input_ids
-    longest = max(len(words(text, add_special_tokens=False).input_ids) for text in prompts)
-    assert chunks.shape[1] == max(1, -(-longest // 75))
+    lengths = [len(words(text, add_special_tokens=False).input_ids) for text in prompts]
+    assert counts == [max(1, -(-length // 75)) for length in lengths]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import fakes
 import numpy as np
 import pytest
 from PIL import Image
+from single_file import save_single_file
 from typer.testing import CliRunner
 
 import latentgen
@@ -254,6 +256,8 @@ def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeyp
         (("nothere", "-o", "file/x"), "output='file/x': cannot be written"),
         (("nothere",), "clip='nothere': no such folder"),
         (("someone/some-clip",), "clip='someone/some-clip': not on this machine"),
+        (("x", "--images", "empty", "--steps", "9"), "images='empty': pictures that are there"),
+        (("x", "-n", "65"), "num-images=65"),
         ((model, "--images", "empty"), "clip="),  # a model without an image_encoder
         (("x", "--embedding", "no.safetensors"), "embedding='no.safetensors': no such file"),
         (("x", "--real-dir", "empty"), "real-dir='empty': it holds no pictures (.avif, "),
@@ -264,6 +268,19 @@ def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeyp
     refused = run("evaluate", "set.yaml", "-m", model, status=2)
     assert "--clip openai/clip-vit-base-patch32" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "set.yaml"]
+
+
+def test_a_checkpoint_is_drawn_at_its_own_size_with_the_configuration_of_a_folder(
+    run, model, tmp_path
+):
+    save_single_file(LatentDiffusion.from_pretrained(model), tmp_path / "one.safetensors")
+    words = ("generate", "a cat", "--seed", 3, "--steps", 2, "--scheduler", "ddim", "-m")
+    run(*words, "one.safetensors", "--config", model, "-o", "one.png")
+    run(*words, model, "-o", "folder.png")
+    one, folder = Image.open("one.png"), Image.open("folder.png")
+    assert (one.size, one.tobytes()) == (folder.size, folder.tobytes())
+    refused = run(*words, model, "--config", model, "-o", "x.png", status=2)
+    assert "goes with a .safetensors checkpoint" in refused.stderr
 
 
 def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):
@@ -287,10 +304,14 @@ def test_a_model_that_draws_nothing_ends_with_status_1(run, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_the_lists_name_everything(run):
+def test_the_lists_name_everything(run, model, tmp_path, monkeypatch):
     told = run("schedulers").stdout
     assert all(name in told for name in NAMES)
     assert "latentgen-icons-128" in run("models").stdout
+    assert "toy" not in run("models").stdout
+    shutil.copytree(model, tmp_path / "models" / "toy")
+    monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
+    assert "toy" in run("models").stdout
     assert run("--version").stdout == f"latentgen {latentgen.__version__}\n"
 
 

@@ -1,12 +1,14 @@
 """Loading and saving: the same weights draw the same picture, whatever way they came."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from fakes import drawer
+from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
 from latentgen import InvalidRequest, LatentDiffusion, generate
@@ -61,8 +63,20 @@ def test_a_single_file_draws_the_same_picture_bit_for_bit(folder, checkpoint, pi
 
 
 def test_a_single_file_without_its_configuration_is_an_error_offline(checkpoint):
-    with pytest.raises(InvalidRequest, match="name a model folder of the same kind as config"):
+    with pytest.raises(InvalidRequest, match="give a model folder of the same kind as --config"):
         LatentDiffusion.from_pretrained(checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_weights_that_lack_a_tensor_are_refused_and_never_filled_up(folder, tmp_path, part):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    [file] = (broken / part).glob("*.safetensors")
+    weights = load_file(file)
+    missing = sorted(name for name in weights if name.endswith(".weight"))[3]
+    del weights[missing]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(InvalidRequest, match=rf"the weights of its {part} lack .*weight"):
+        LatentDiffusion.from_pretrained(broken, device="cpu")
 
 
 def test_a_folder_is_no_single_file(folder):

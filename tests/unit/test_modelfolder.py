@@ -70,6 +70,29 @@ def test_an_unknown_key_of_latentgen_json_is_refused(folder):
     assert "num_inference_steps" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "own", [{"height": "128"}, {"num_inference_steps": 2.5}, {"width": True}, {"scheduler": 1}]
+)
+def test_a_value_of_another_type_is_named(folder, own):
+    (folder / "latentgen.json").write_text(json.dumps(own))
+    [(name, value)] = own.items()
+    assert f"its {name} is {value!r}" in refusal(folder)
+
+
+@pytest.mark.parametrize("sample_size", ["x", [8], [8, "x"]])
+def test_a_size_that_is_none_is_named(folder, sample_size):
+    edit(folder / "unet" / "config.json", sample_size=sample_size)
+    assert "sample_size" in refusal(folder)
+
+
+def test_models_in_latentgens_home_are_found_by_their_names(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
+    assert "no such folder or file" in refusal("mine")
+    shutil.copytree(saved, tmp_path / "models" / "mine")
+    assert find("mine").path == tmp_path / "models" / "mine"
+    assert find("latentgen-icons-128").path == bundled_models()[0].path
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\xff"])
 def test_json_that_is_no_object_is_refused(folder, content):
     (folder / "unet" / "config.json").write_text(content, "latin-1")

@@ -224,6 +224,26 @@ def test_what_has_no_effect_is_said(option):
         Request(prompt="x", guidance_scale=1, **option).resolve(MODEL)
 
 
+@pytest.mark.parametrize("option", [{"negative_prompt": "dark"}, {"guidance_rescale": 0.5}])
+def test_it_is_said_of_a_model_that_takes_the_scale_as_an_input_and_once(option, recwarn):
+    model = dataclasses.replace(MODEL, embeds_guidance=True)
+    resolved = Request(prompt="x", guidance_scale=8, **option).resolve(model)
+    resolved.resolve(model)
+    [warning] = recwarn
+    assert "has no effect with this model" in str(warning.message)
+
+
+@pytest.mark.parametrize("how", ["asked", "own"])
+def test_more_steps_than_a_scheduler_has_are_refused(how):
+    own = {"scheduler": None, "scheduler_class": "LCMScheduler"} if how == "own" else {}
+    model = dataclasses.replace(MODEL, **own)
+    scheduler = "lcm" if how == "asked" else None
+    with pytest.raises(InvalidRequest, match="50 steps at most") as refused:
+        Request(prompt="x", num_inference_steps=51, scheduler=scheduler).resolve(model)
+    assert refused.value.field == "num_inference_steps"
+    Request(prompt="x", num_inference_steps=50, scheduler=scheduler).resolve(model)
+
+
 def test_a_request_is_checked_without_importing_torch():
     code = (
         "import sys; from latentgen.request import Request; from latentgen.modelfolder import find;"

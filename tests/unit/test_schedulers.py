@@ -36,6 +36,7 @@ CONFIG = {**SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_pre
         ("euler karras trailing", ("euler", "karras", "trailing")),
         ("euler trailing karras", ("euler", "karras", "trailing")),
         ("Euler Align Your Steps", ("euler", None, "align your steps")),
+        ("DPM++ SDE Uniform", ("dpm++_sde", None, "linspace")),
         ("UniPC:beta", ("unipc", "beta")),
         ("euler normal", ("euler", "normal")),
     ],
@@ -48,7 +49,9 @@ def test_names_people_use(text, expected):
     "text",
     ["ddim karras", "euler_a exponential", "euler lu", "pndm align your steps", "lcm beta",
      "karras", "automatic", "euler euler", "dpm++", "a", "dpm++_2m karras exponential trailing",
-     "euler trailing leading", "euler normal karras", "euler align your steps simple"],
+     "euler trailing leading", "lcm trailing", "tcd linspace", "DPM++ SDE SGM Uniform",
+     "dpm++_2s leading", "DPM++ 2M Karras Align Your Steps", "euler normal karras",
+     "euler align your steps simple"],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(text):
     with pytest.raises(InvalidRequest) as refused:
@@ -86,6 +89,27 @@ def test_none_is_the_models_own():
     assert scheduler.config.steps_offset == 1
 
 
+@pytest.mark.parametrize("spacing", schedulers.SPACINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spacing_is_what_the_scheduler_runs_or_it_is_refused(name, spacing):
+    if spacing not in NAMES[name].spacings:
+        with pytest.raises(InvalidRequest, match="has a spacing of its own"):
+            parse(f"{name} {spacing}")
+        return
+    timesteps = [
+        schedulers.plan(schedulers.create(text, CONFIG), text, 7, None, "cpu").round().tolist()
+        for text in (f"{name} {spacing}", *(f"{name} {s}" for s in NAMES[name].spacings))
+    ]
+    others = [one for one in timesteps[1:] if one == timesteps[0]]
+    assert len(others) == 1
+
+
+def test_align_your_steps_takes_the_place_of_the_models_noise_levels():
+    config = {**CONFIG, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+    scheduler = schedulers.create("euler align your steps", config)
+    assert len(schedulers.plan(scheduler, "euler align your steps", 4, None, "cpu")) == 4
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 33])
 def test_align_your_steps_keeps_both_ends(steps):
     scheduler = schedulers.create("euler align your steps", CONFIG)
@@ -120,7 +144,7 @@ def test_a_name_means_the_same_whatever_the_models_own_scheduler_leaves_at_its_d
     if NAMES[name].spreads:
         karras = schedulers.create(f"{name} karras", config_of_a_model_with(own)).config
         assert karras.get("use_karras_sigmas")
-    if "timestep_spacing" in made:
+    if "trailing" in NAMES[name].spacings:
         trailing = schedulers.create(f"{name} trailing", config_of_a_model_with(own)).config
         assert trailing.timestep_spacing == "trailing"
 

@@ -1,5 +1,7 @@
 """Prompts become embeddings: whole, in chunks, and up to 75 tokens exactly as diffusers does."""
 
+import copy
+
 import pytest
 import torch
 from fakes import parts
@@ -22,10 +24,9 @@ class Tokens(nn.Module):
 
 
 def tokens(prompt, *negatives):
+    """Those of the prompt, and of its negative if there is one."""
     positive, negative = encode_prompts(WORDS, Tokens(), [prompt], negatives)
-    return [
-        None if rows is None else rows[0, :, 0].long().tolist() for rows in (positive, negative)
-    ]
+    return [row[:, 0].long().tolist() for row in [*positive, *negative]]
 
 
 def letters(count):
@@ -42,7 +43,7 @@ def test_75_tokens_fill_a_chunk(length, chunks):
 
 def test_every_chunk_has_its_own_start_and_end():
     ids = WORDS(letters(100), add_special_tokens=False).input_ids
-    found, _ = tokens(letters(100))
+    (found,) = tokens(letters(100))
     assert found[:77] == [BOS, *ids[:75], EOS]
     assert found[77:] == [BOS, *ids[75:], EOS, *[PAD] * 50]
 
@@ -56,7 +57,21 @@ def test_prompt_and_negative_get_one_length():
 
 
 def test_no_negatives_no_embeddings_of_them():
-    assert tokens("a")[1] is None
+    assert len(tokens("a")) == 1
+
+
+def test_a_tokenizer_that_does_not_know_its_length_takes_the_encoders():
+    words = copy.deepcopy(WORDS)
+    words.model_max_length = 10**30
+    found, _ = encode_prompts(words, ENCODER, [letters(80)], [])
+    expected, _ = encode_prompts(WORDS, ENCODER, [letters(80)], [])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_another_prompt_of_the_call_changes_no_length():
+    prompts, negatives = ["a", letters(80), "b"], ["", "c", letters(160)]
+    for rows in encode_prompts(WORDS, Tokens(), prompts, negatives):
+        assert [len(row) for row in rows] == [77, 2 * 77, 3 * 77]
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "a red apple, on a table.", letters(74), letters(75)])
@@ -68,7 +83,7 @@ def test_up_to_75_tokens_the_embeddings_are_diffusers(prompt):
     )
     with torch.no_grad():
         expected = stock.encode_prompt(prompt, "cpu", 1, True, "dark")
-    for found, wanted in zip(
+    for (found,), (wanted,) in zip(
         encode_prompts(WORDS, ENCODER, [prompt], ["dark"]), expected, strict=True
     ):
         assert torch.equal(found, wanted)
