@@ -322,13 +322,19 @@ def evaluate(
         if images is not None:
             if not images.is_dir():
                 raise InvalidRequest("images", images, "no such folder")
-            of_drawing = {"seed": seed, "num_images": num_images, "steps": steps, "lora": lora}
+            of_drawing: dict[str, Any] = {
+                "seed": seed,
+                "num_images": num_images,
+                "steps": steps,
+                "lora": lora,
+            }
             of_drawing |= {"guidance_scale": guidance_scale, "scheduler": scheduler}
             of_drawing |= {"embedding": embedding, "device": device, "dtype": dtype}
             of_drawing |= {"attention": attention}
-            if given := [f"--{_dashed(name)}" for name, value in of_drawing.items() if value]:
-                hint = f"pictures that are there are measured, not drawn; leave out {given[0]}"
-                raise InvalidRequest("images", images, hint)
+            for name, value in of_drawing.items():
+                if value not in (None, []):
+                    hint = "pictures that are there are measured, not drawn; leave out "
+                    raise InvalidRequest("images", images, f"{hint}--{_dashed(name)}")
         if real_dir is not None and not real_dir.is_dir():
             raise InvalidRequest("real_dir", real_dir, "no such folder")
         check_folder(output)

@@ -13,7 +13,7 @@ def home() -> Path:
     """The folder `$LATENTGEN_HOME`; without that variable, `latentgen` in the platform's data
     folder. It need not exist."""
     if own := os.environ.get("LATENTGEN_HOME"):
-        return Path(own).expanduser()
+        return Path(own).expanduser().absolute()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":

@@ -155,7 +155,10 @@ def resolve(
                 names = ", ".join(sorted({*loaded, *there})) or "none"
                 hint = f"no LoRA of that name; there are: {names} (in {folder()})"
                 raise InvalidRequest(field, use.name, hint)
-            use = replace(use, path=checked(there[use.name]))
+            try:
+                use = replace(use, path=checked(there[use.name]))
+            except InvalidRequest as error:
+                raise InvalidRequest(field, use.name, error.hint) from error
         if use.sha256 is None and use.path is not None:
             sha256, webui_hash = _hashes(use.path)
             use = replace(use, sha256=sha256, webui_hash=webui_hash)

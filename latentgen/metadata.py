@@ -107,7 +107,9 @@ def numbered(path: Path, count: int) -> list[Path]:
 def check_fits(format: str, request: Request) -> None:
     """Refuse prompts that are too long for the metadata of a JPEG, before they are drawn."""
     texts = [*request.prompt, *(request.negative_prompt or ())]
-    if format == "JPEG" and sum(len(text.encode("utf-16")) * 2 for text in texts) > 60_000:
+    in_record = len(json.dumps(texts, ensure_ascii=False).encode())
+    in_infotext = sum(len(text.encode("utf-16-be")) for text in texts)
+    if format == "JPEG" and in_record + in_infotext > 60_000:
         raise InvalidRequest("output", "JPEG", "its metadata cannot hold such a prompt; PNG can")
 
 

@@ -51,11 +51,15 @@ def write_file(file: Path, data: bytes) -> None:
     looks sees all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:  # on a full disk, above all
+        partial.unlink(missing_ok=True)
+        raise
     if os.name == "posix":
         folder = os.open(file.parent, os.O_RDONLY)
         os.fsync(folder)

@@ -186,7 +186,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             return cls.from_single_file(found.path, device, dtype, attention, config)
         device, dtype = _pick(device, dtype, attention)
         source = str(found.path) if found.hub_id is None else found.hub_id
-        how = {"revision": revision, "variant": found.variant, "dtype": dtype}
+        how: dict[str, Any] = {"revision": revision, "variant": found.variant, "dtype": dtype}
         how["use_safetensors"] = True
         try:
             text_encoder = quietly(_whole_text_encoder, found, source, how)

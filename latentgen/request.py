@@ -263,11 +263,9 @@ class Request:
                 able = ", ".join(name for name, other in schedulers.NAMES.items() if other.sample)
                 hint = f"cannot run a model that predicts the sample; these can: {able}"
                 raise InvalidRequest("scheduler", resolved.scheduler, hint)
-        if resolved.guidance_scale == 1 or model.embeds_guidance:
-            why = "this model" if model.embeds_guidance else "guidance_scale 1"
-            for name in ("negative_prompt", "guidance_rescale"):
-                if getattr(self, name) and not isinstance(self, ResolvedRequest):  # told already
-                    warnings.warn(f"{name} has no effect with {why}", stacklevel=2)
+        if not isinstance(self, ResolvedRequest):  # told already
+            for name, why in resolved.without_effect(model).items():
+                warnings.warn(f"{name} has no effect with {why}", stacklevel=2)
         return resolved
 
     @property
@@ -332,6 +330,13 @@ class ResolvedRequest(Request):
         if self.padding_mask_crop is None:
             return (0, 0, *self.image.size)
         return region(self.mask_image, (self.width, self.height), self.padding_mask_crop)
+
+    def without_effect(self, model: Model) -> dict[str, str]:
+        """Fields that were given and change nothing, and with what."""
+        if self.guidance_scale > 1 and not model.embeds_guidance:
+            return {}
+        why = "this model" if model.embeds_guidance else "guidance_scale 1"
+        return {n: why for n in ("negative_prompt", "guidance_rescale") if getattr(self, n)}
 
     @property
     def seeds(self) -> list[int]:

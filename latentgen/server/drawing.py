@@ -117,6 +117,12 @@ class Drawing(BaseModel):
     previews: int = Field(default=0, ge=0, le=MAX_PREVIEWS, description="sent while it is drawn")
 
 
+ALIASES = {
+    alias: name
+    for name, field in Drawing.model_fields.items()
+    if isinstance(field.validation_alias, AliasChoices)
+    for alias in field.validation_alias.choices[1:]
+}
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -138,7 +144,11 @@ def first_of(errors: Sequence[Any]) -> tuple[str, str]:
     first = errors[0]
     unknown = first["type"] == "extra_forbidden"
     field = ".".join(str(part) for part in first["loc"])
-    return field, "there is no such field here" if unknown else first["msg"]
+    if not unknown:
+        return field, first["msg"]
+    if (same := ALIASES.get(str(first["loc"][-1]))) is not None:
+        return field, f"the same as {same}; send one of them"
+    return field, "there is no such field here"
 
 
 class Job(BaseModel):
@@ -204,6 +214,8 @@ def accept(
     loras = [lora.use for lora in drawing.loras]
     request = Request(**asked, loras=loras, image=image, mask_image=mask_image)
     resolved = request.resolve(models[name])
+    for field, why in resolved.without_effect(models[name]).items():
+        raise InvalidRequest(field, getattr(drawing, field), f"has no effect with {why}")
     for field, value, most in (
         ("num_images", resolved.num_images, settings.max_images),
         ("num_inference_steps", resolved.num_inference_steps, settings.max_steps),

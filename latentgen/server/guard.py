@@ -9,8 +9,8 @@ import logging
 import secrets
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
 from .refusals import refusal
@@ -18,6 +18,11 @@ from .settings import Settings
 
 __all__ = ["Guard", "check_exposure", "is_loopback"]
 
+HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'self'",
+    "X-Frame-Options": "SAMEORIGIN",
+    "X-Content-Type-Options": "nosniff",
+}
 OPEN = {"/health"}  # paths that need no token
 
 log = logging.getLogger(__name__)
@@ -48,6 +53,7 @@ class Guard:
     - The Host header must be a name of this server, so that a page elsewhere cannot rebind its
       name to this address.
     - An Origin header must be this server itself: pages of other sites get nothing.
+    - No page of another site may show this one in a frame, where people would click unseen.
     - With a token, it must come as `Authorization: Bearer TOKEN` or as the password of Basic.
     """
 
@@ -61,6 +67,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
+        if scope["type"] == "http":
+            send = _unframed(send)
         refused = self._refused(scope["path"], Headers(scope=scope))
         if refused is None:
             return await self.app(scope, receive, send)
@@ -108,6 +116,15 @@ class Guard:
             return False
         assert self._token is not None
         return secrets.compare_digest(value.strip().encode(), self._token.encode())
+
+
+def _unframed(send: Send) -> Send:
+    async def add_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(HEADERS)
+        await send(message)
+
+    return add_headers
 
 
 def _comes_from(origin: str | None, host: str) -> bool:

@@ -183,11 +183,12 @@ def alone(url: str) -> Iterator[None]:
     file lies in a folder that is locked already.
 
     Raises:
-        InvalidRequest: another server has it.
+        InvalidRequest: another server has it, or it cannot be reached.
     """
     if url.startswith("sqlite"):
         yield
         return
+    _check_reachable(url)
     prepare(url)
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:  # the lock lasts as long as it does
@@ -195,6 +196,23 @@ def alone(url: str) -> Iterator[None]:
             hint = "another server uses it; stop that one, or give each a database of its own"
             raise InvalidRequest("database_url", engine.url.database, hint)
         yield
+
+
+def _check_reachable(url: str) -> None:
+    try:
+        shown = sa.make_url(url).render_as_string(hide_password=True)
+        if sa.make_url(url).get_backend_name() != "postgresql":
+            raise InvalidRequest("database_url", shown, "PostgreSQL: postgresql://USER@HOST/NAME")
+    except sa.exc.ArgumentError as error:
+        hint = "not a URL; PostgreSQL's look like postgresql://USER@HOST/NAME"
+        raise InvalidRequest("database_url", url.partition(":")[0], hint) from error
+    try:
+        with sa.create_engine(url, poolclass=sa.NullPool).connect():
+            pass
+    except (sa.exc.SQLAlchemyError, ImportError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        if "does not exist" not in reason:  # the database is made then, or it is told why not
+            raise InvalidRequest("database_url", shown, f"cannot be reached: {reason}") from error
 
 
 def open_client(url: str) -> DBOSClient:
@@ -221,13 +239,19 @@ def _state(row: Any) -> JobState:
     arguments = row.input["args"] if isinstance(row.input, dict) else row.input.args
     draws = (row.attributes or {}).get(DRAWS, 0)
     status = ENDED.get(row.status) or ("running" if draws else "queued")
-    ended = status in ENDED.values()
+    job = Job.model_validate(arguments[0])
+    result = row.output if status == "done" else None
+    ended = None
+    if status in ENDED.values() and row.completed_at:
+        ended = max(job.created, row.completed_at / 1000)
+    if result is not None:
+        ended = result.get("ended", ended)
     return JobState(
         id=row.workflow_id,
         status=status,
-        job=Job.model_validate(arguments[0]),
-        ended=row.completed_at / 1000 if ended and row.completed_at else None,
-        result=row.output if status == "done" else None,
+        job=job,
+        ended=ended,
+        result=result,
         error=_reason(row) if status == "failed" else None,
     )
 

@@ -198,7 +198,8 @@ class Live:
                 await asyncio.sleep(0.01)
             if state is not None and state.ended is not None:
                 remove_inputs(state.job, self.settings)
-            if state is not None and state.status == "cancelled":  # during its last step
+            # cancelled during its last step, or failed when some of its pictures were written
+            if state is not None and state.status in ("cancelled", "failed"):
                 remove_outputs(state.job, self.settings)
 
     def _notify(self, ids: Iterable[str], ask: bool = False) -> None:
@@ -215,6 +216,7 @@ def remove_inputs(job: Job, settings: Settings) -> None:
 
 
 def remove_outputs(job: Job, settings: Settings) -> None:
-    """Delete the pictures of a job."""
+    """Delete the pictures of a job, and what a worker that was killed left of one."""
     for file in job.output_files(settings):
         file.unlink(missing_ok=True)
+        file.with_name(f".{file.name}.partial").unlink(missing_ok=True)

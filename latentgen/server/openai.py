@@ -25,6 +25,7 @@ import io
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
@@ -40,13 +41,15 @@ from .. import metadata
 from ..errors import InvalidRequest
 from .drawing import LAST_SEED, MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture
 from .native import TheService, pictures_of
-from .service import Service
+from .service import Service, Sketch
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 log = logging.getLogger(__name__)
 
+PING = 15.0  # seconds after which a stream says something, so that nobody takes it for dead
+AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy keeps events back
 QUALITY = {"low": 0.5, "high": 2.0, "hd": 2.0}  # of the model's steps
 NAMES = {  # of our fields, in this API
     "num_inference_steps": "steps",
@@ -176,7 +179,8 @@ def _form(kind: type[BaseModel], files: set[str]) -> dict[str, Any]:
 @router.post("/images/generations", response_model=Answer, responses=STREAM)
 async def generations(asked: Generation, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
-    return await _answer(service, request, asked, "image_generation")
+    job = await service.submit(lambda: (_drawing(asked, service, False), None, None))
+    return await _answer(service, request, asked, "image_generation", job)
 
 
 @router.post(
@@ -188,34 +192,21 @@ async def generations(asked: Generation, request: Request, service: TheService) 
 async def edits(request: Request, service: TheService) -> Response:
     """Repaint what is transparent in the mask or the image; without any, redraw the image."""
     async with request.form(max_files=20, max_fields=100) as form:
-        files = await _files(form, {"image", "mask"}, service)
+        files = await _files(form, {"image", "mask"})
         asked = _fields(form, Edit)
-    image, mask = files["image"], files.get("mask")
-    if mask is not None and mask.size != image.size:
-        size = f"{mask.width} x {mask.height}"
-        hint = f"must have the size of the image, {image.width} x {image.height}"
-        raise InvalidRequest("mask", size, hint)
-    repaint = await service.aside(_transparent, mask if mask is not None else image)
-    if mask is not None and repaint is None:
-        raise InvalidRequest("mask", "a picture", "nothing in it is transparent, to be repainted")
-    return await _answer(service, request, asked, "image_edit", image, repaint)
+    job = await service.submit(_edit, asked, files, service)
+    return await _answer(service, request, asked, "image_edit", job)
 
 
 @router.post("/images/variations", response_model=Answer, openapi_extra=_form(Variation, set()))
 async def variations(request: Request, service: TheService) -> Response:
     """Redraw a picture, by the prompt that its metadata tells or by `prompt`, a field of ours."""
     async with request.form(max_files=2, max_fields=100) as form:
-        files = await _files(form, {"image"}, service)
+        files = await _files(form, {"image"})
         asked = _fields(form, Variation)
-    image = files["image"]
-    prompt = asked.prompt
-    if prompt is None:
-        prompt = await service.aside(_prompt_of, image)
-    if not prompt:
-        hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
-        raise InvalidRequest("prompt", None, hint)
-    wanted = checked(Edit, asked.model_dump(exclude={"prompt"}) | {"prompt": prompt})
-    return await _answer(service, request, wanted, "image_edit", image)
+    job = await service.submit(_variation, asked, files, service)
+    wanted = Edit(prompt="", **asked.model_dump(exclude={"prompt"}))
+    return await _answer(service, request, wanted, "image_edit", job)
 
 
 @router.get("/models")
@@ -232,22 +223,35 @@ def model(id: str, service: TheService) -> ModelView:
     return ModelView(id=id)
 
 
+def _edit(asked: Edit, files: dict[str, bytes], service: Service) -> Sketch:
+    image = open_picture(files["image"], "image", service.settings)
+    mask = None
+    if "mask" in files:
+        mask = open_picture(files["mask"], "mask", service.settings)
+        if mask.size != image.size:
+            size = f"{mask.width} x {mask.height}"
+            hint = f"must have the size of the image, {image.width} x {image.height}"
+            raise InvalidRequest("mask", size, hint)
+    repaint = _transparent(mask if mask is not None else image)
+    if mask is not None and repaint is None:
+        raise InvalidRequest("mask", "a picture", "nothing in it is transparent, to be repainted")
+    return _drawing(asked, service, True), image, repaint
+
+
+def _variation(asked: Variation, files: dict[str, bytes], service: Service) -> Sketch:
+    image = open_picture(files["image"], "image", service.settings)
+    prompt = asked.prompt if asked.prompt is not None else _prompt_of(image)
+    if not prompt:
+        hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
+        raise InvalidRequest("prompt", None, hint)
+    wanted = checked(Edit, asked.model_dump(exclude={"prompt"}) | {"prompt": prompt})
+    return _drawing(wanted, service, True), image, None
+
+
 async def _answer(
-    service: Service,
-    request: Request,
-    asked: Generation,
-    kind: str,
-    image: Image.Image | None = None,
-    mask: Image.Image | None = None,
+    service: Service, request: Request, asked: Generation, kind: str, job: Job
 ) -> Response:
-    """Draw it and answer in one piece, or in events."""
-    partial = asked.partial_images or 0
-    if partial and not asked.stream:
-        raise InvalidRequest("partial_images", partial, "goes with stream")
-    if asked.stream and asked.response_format == "url":
-        raise InvalidRequest("response_format", "url", "a stream sends pictures as b64_json")
-    drawing = await service.aside(_drawing, asked, service, image is not None)
-    job = await service.submit(drawing, image, mask)
+    """Wait for a job and answer in one piece, or in events."""
     for name in ("user", "safety_identifier"):
         if who := getattr(asked, name):
             log.info("job %s: %s %r", job.id, name, who)
@@ -258,7 +262,8 @@ async def _answer(
         "output_format": job.output_format,
     }
     if asked.stream:
-        return EventSourceResponse(_events(service, job, kind, facts))
+        events = _events(service, job, kind, facts)
+        return EventSourceResponse(events, headers=AT_ONCE)
     state = await service.finished(job, request)
     if state.status == "failed":
         raise HTTPException(500, state.error or "the job failed")
@@ -283,7 +288,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """The stream: partial images, then each picture. The client takes no `id:` and no `retry:`."""
     created = {"created_at": int(job.created), **facts}
-    shown, ended = 0, False
+    shown, ended, said = 0, False, time.monotonic()
     try:
         async for state in service.live.follow(job.id):
             ended = state.ended is not None
@@ -292,7 +297,10 @@ async def _events(
                 preview = await asyncio.to_thread(_recoded, png, job)
                 told = {"partial_image_index": shown, **created}
                 yield await asyncio.to_thread(_event, f"{kind}.partial_image", told, preview)
-                shown += 1
+                shown, said = shown + 1, time.monotonic()
+            if not ended and time.monotonic() - said > PING:
+                said = time.monotonic()
+                yield b": waiting\n\n"  # a comment, which clients pass over
             if state.status == "done":
                 for _, picture in await asyncio.to_thread(pictures_of, service, state):
                     told = {"usage": _usage(), **created}
@@ -327,6 +335,11 @@ def _recoded(png: bytes, job: Job) -> bytes:
 
 def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing:
     """The request in our own words."""
+    partial = asked.partial_images or 0
+    if partial and not asked.stream:
+        raise InvalidRequest("partial_images", partial, "goes with stream")
+    if asked.stream and asked.response_format == "url":
+        raise InvalidRequest("response_format", "url", "a stream sends pictures as b64_json")
     fields: dict[str, Any] = {
         "prompt": asked.prompt,
         "model": asked.model,
@@ -355,9 +368,9 @@ def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing
     return checked(Drawing, fields)
 
 
-async def _files(form: FormData, names: set[str], service: Service) -> dict[str, Image.Image]:
-    """The pictures of a form, by name; `image[]` is `image`."""
-    found: dict[str, Image.Image] = {}
+async def _files(form: FormData, names: set[str]) -> dict[str, bytes]:
+    """The files of a form, by name; `image[]` is `image`."""
+    found: dict[str, bytes] = {}
     for key, value in form.multi_items():
         if isinstance(value, UploadFile):
             name = key.removesuffix("[]")
@@ -365,8 +378,7 @@ async def _files(form: FormData, names: set[str], service: Service) -> dict[str,
                 raise InvalidRequest(key, "a file", f"files here are {sorted(names)}")
             if name in found:
                 raise InvalidRequest(key, "several files", "one picture at a time is edited here")
-            data = await value.read()
-            found[name] = await service.aside(open_picture, data, name, service.settings)
+            found[name] = await value.read()
     if "image" not in found:
         raise InvalidRequest("image", None, "send the picture as a file")
     return found

@@ -205,7 +205,10 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     again = gr.Button("Same seed again", min_width=120, elem_id="again-button")
                     count = gr.Slider(1, settings.max_images, 1, step=1, label="Pictures")
                 with gr.Accordion("Start from a picture", open=False):
-                    gr.Markdown("It is redrawn as a whole, or only where you paint.")
+                    gr.Markdown(
+                        "It is redrawn as a whole, or only where you paint, at its own size (less "
+                        "the few pixels by which that is no multiple of 8)."
+                    )
                     editor = gr.ImageEditor(
                         type="filepath",
                         format="png",
@@ -323,8 +326,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
 
         async def start(painted: Any, mask: Any, *values: Any) -> AsyncIterator[dict[Any, Any]]:
             """Draw what the form says, and show how it goes."""
-            asked = await service().aside(read_form, values, painted, mask, settings)
-            job = await service().submit(*asked)
+            job = await service().submit(read_form, values, painted, mask, settings)
             yield {
                 told: "In the queue …",
                 job_id: job.id,
@@ -477,10 +479,15 @@ def read_form(
     form["scheduler"] = form["scheduler"] or None
     if image is None:
         form["strength"] = None
-    else:  # the picture says its size
-        form["width"] = form["height"] = None
     if mask is None:
         form["mask_blur"] = form["padding_mask_crop"] = None
+    if image is not None:  # the picture says its size, or the model that of the part
+        form["width"] = form["height"] = None
+        model = settings.models().get(form["model"])
+        if form["padding_mask_crop"] is None and model is not None:
+            for side, length in (("width", image.width), ("height", image.height)):
+                factor = model.vae_scale_factor
+                form[side] = max(factor, length // factor * factor)
     given = {name: value for name, value in form.items() if value is not None}
     drawing = checked(Drawing, {"prompt": "", "previews": PREVIEWS, **given})
     return drawing, image, mask

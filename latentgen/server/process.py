@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
 LATEST = 10_000  # cancelled jobs that are remembered; most of them are never drawn
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints goes to the log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then leaves
+    for name in STOPS:  # they reach the whole group; the server leaves, and then the input ends
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     log_as_json()
     settings = Settings.from_json(sys.stdin.readline())
     cancelled: deque[str] = deque(maxlen=LATEST)

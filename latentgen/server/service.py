@@ -31,6 +31,8 @@ PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avi
 
 log = logging.getLogger(__name__)
 Done = TypeVar("Done")
+# What to draw, the picture it starts from, and what of that is repainted.
+Sketch = tuple[Drawing, Image.Image | None, Image.Image | None]
 
 
 class Gone(Exception):
@@ -62,39 +64,33 @@ class Service:
         await self.live.stop()
         self.jobs.close()
 
-    async def submit(
-        self,
-        drawing: Drawing,
-        image: Image.Image | None = None,
-        mask_image: Image.Image | None = None,
-    ) -> Job:
+    async def submit(self, prepare: Callable[..., Sketch], *arguments: Any) -> Job:
         """Accept a drawing; once this returns, nothing loses it.
+
+        Args:
+            prepare: says what to draw, and decodes the pictures that it starts from; it is called
+                in a thread, a few at a time, and its pictures are gone when this returns: clients
+                that wait for their jobs must not hold them in memory.
 
         Raises:
             InvalidRequest: see `accept`.
             QueueFull: as many wait as may wait.
         """
         with self._place():
-            job = await self._by_hand(accept, drawing, self.settings, image, mask_image)
+            job = await self._by_hand(self._accepted, prepare, arguments)
             try:
                 await asyncio.to_thread(self.jobs.put, job)
             except QueueFull:
                 remove_inputs(job, self.settings)
                 raise
             self.open += 1
-        prompt = f": {drawing.prompt}" if self.settings.log_prompts else ""
+        prompt = f": {job.request['prompt'][0]}" if self.settings.log_prompts else ""
         log.info("job %s accepted, %d picture(s)%s", job.id, len(job.seeds), prompt)
         return job
 
-    async def aside(self, work: Callable[..., Done], *arguments: Any) -> Done:
-        """Do what takes a while with pictures, in a thread and a few at a time; all but the answer
-        "come again later" would only be waited for in vain.
-
-        Raises:
-            QueueFull: as many jobs wait as may wait.
-        """
-        with self._place():
-            return await self._by_hand(work, *arguments)
+    def _accepted(self, prepare: Callable[..., Sketch], arguments: tuple[Any, ...]) -> Job:
+        drawing, image, mask_image = prepare(*arguments)
+        return accept(drawing, self.settings, image, mask_image)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:

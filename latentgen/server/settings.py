@@ -75,6 +75,9 @@ class Settings:
 
     def told(self, message: str) -> str:
         """A message as clients may read it: where the data lies is the server's own business."""
+        own = self.default_model.path
+        if own is not None and own.is_absolute():
+            message = message.replace(str(own), own.name)
         return message.replace(str(self.data_dir), "LATENTGEN_HOME")
 
     def to_json(self) -> str:

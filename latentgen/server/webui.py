@@ -7,6 +7,7 @@ and refiners are such fields. Differences that are told rather than hidden:
 
 - with `save_images` false, the job and its pictures are deleted once they are sent
 - `eta` counts with DDIM and TCD; for other samplers 0 and 1 are accepted, as clients always send it
+- the negative prompt counts with guidance only: not at a `cfg_scale` of 1
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
@@ -31,10 +32,10 @@ from .. import __version__, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..images import load_image
 from ..modelfolder import Model, read_header
-from .drawing import MAX_PROMPT, Drawing, checked, decode_picture
+from .drawing import MAX_PROMPT, Drawing, Job, checked, decode_picture
 from .jobs import JobState
 from .native import TheService, pictures_of
-from .service import Service
+from .service import Service, Sketch
 from .settings import Settings
 
 __all__ = ["router"]
@@ -47,6 +48,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "subseed_strength": (0,),
     "seed_resize_from_h": (0, -1),
     "seed_resize_from_w": (0, -1),
+    "clip_skip": (1,),
     "restore_faces": (False,),
     "tiling": (False,),
     "s_min_uncond": (0,),
@@ -88,6 +90,11 @@ MOOT = {
     "force_task_id",
 }
 SETTINGS = {"sd_model_checkpoint", "samples_format"}  # what override_settings may name
+NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {  # and with these values
+    "CLIP_stop_at_last_layers": (1,),
+    "sd_vae": ("Automatic", "None", ""),
+    "eta_noise_seed_delta": (0,),
+}
 EXTRA = (  # what of the infotext `info` tells in a place of its own
     "Schedule type",
     "Mask blur",
@@ -271,8 +278,8 @@ class PictureTold(BaseModel):
 @router.post("/txt2img", response_model=Drawn)
 async def txt2img(asked: TextToImage, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
-    drawing = await service.aside(_drawing, asked, service)
-    return await _answer(service, request, asked, drawing)
+    job = await service.submit(lambda: (_drawing(asked, service), None, None))
+    return await _answer(service, request, asked, job)
 
 
 @router.post("/img2img", response_model=Drawn)
@@ -282,26 +289,22 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
         raise HTTPException(404, "Init image not found")
     if len(asked.init_images) > 1:
         raise InvalidRequest("init_images", len(asked.init_images), "one picture at a time")
-    drawing = await service.aside(_drawing, asked, service)
-    image, mask = await service.aside(_pictures, asked, service.settings)
+    job = await service.submit(_redrawing, asked, service)
+    return await _answer(service, request, asked, job)
+
+
+def _redrawing(asked: ImageToImage, service: Service) -> Sketch:
+    drawing = _drawing(asked, service)
+    image, mask = _pictures(asked, service.settings)
     more: dict[str, Any] = {"strength": _or(asked.denoising_strength, 0.75)}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
         if _only_masked(asked):
             more["padding_mask_crop"] = _or(asked.inpaint_full_res_padding, 0)
-    wanted = drawing.model_copy(update=more)
-    return await _answer(service, request, asked, wanted, image, mask)
+    return drawing.model_copy(update=more), image, mask
 
 
-async def _answer(
-    service: Service,
-    request: Request,
-    asked: TextToImage,
-    drawing: Drawing,
-    image: Image.Image | None = None,
-    mask: Image.Image | None = None,
-) -> Response:
-    job = await service.submit(drawing, image, mask)
+async def _answer(service: Service, request: Request, asked: TextToImage, job: Job) -> Response:
     state = await service.finished(job, request)
     if state.status == "failed":
         raise HTTPException(500, state.error or "the job failed")
@@ -334,12 +337,15 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
     """The request in our own words; refuses what has none."""
     _refuse_the_rest(asked)
     override = asked.override_settings or {}
-    for name in override.keys() - SETTINGS:
+    for name, value in override.items():
+        if name in SETTINGS or _asks_for_nothing(name, value):
+            continue
         hint = f"of the settings, these work: {sorted(SETTINGS)}"
         raise InvalidRequest("override_settings", name, hint)
     form = override.get("samples_format", "png")
     model = _named_model(service, override.get("sd_model_checkpoint"))
-    if asked.override_settings_restore_afterwards is False:
+    changes = form != "png" or model.name != next(iter(service.settings.models()))
+    if asked.override_settings_restore_afterwards is False and changes:
         hint = "true: the settings of others stay as they are"
         raise InvalidRequest("override_settings_restore_afterwards", False, hint)
     name = asked.sampler_name or asked.sampler_index or "Euler"
@@ -353,9 +359,11 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
     if count > service.settings.max_images and _or(asked.n_iter, 1) > 1:
         hint = f"times batch_size, at most {service.settings.max_images}"
         raise InvalidRequest("n_iter", asked.n_iter, hint)
+    unguided = _or(asked.cfg_scale, 7.0) == 1 or model.embeds_guidance
+    negative = None if unguided else asked.negative_prompt or None
     fields = {
         "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt or None,
+        "negative_prompt": negative,
         "model": model.name,
         "num_inference_steps": _or(asked.steps, 50),
         "guidance_scale": _or(asked.cfg_scale, 7.0),
@@ -369,6 +377,10 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
         "previews": 10,
     }
     return checked(Drawing, fields)
+
+
+def _asks_for_nothing(setting: str, value: Any) -> bool:
+    return value is None or value in NEUTRAL_SETTINGS.get(setting, ())
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -649,9 +661,12 @@ def set_options(options: dict[str, Any], service: TheService) -> None:
     for name, value in options.items():
         if name == "sd_model_checkpoint":
             value = _title(_named_model(service, value))
-        if name not in now or now[name] != value:
+        if _asks_for_nothing(name, value) or (name in now and now[name] == value):
+            continue
+        hint = f"of the settings, these can be chosen: {sorted(SETTINGS)}"
+        if name in SETTINGS:
             hint = "not changed for everybody; a request may say it in override_settings"
-            raise InvalidRequest("options", name, hint)
+        raise InvalidRequest(name, value, hint)
 
 
 @router.post("/png-info", response_model=PictureTold)

@@ -169,9 +169,12 @@ class Worker:
             self._model = None
             source = found.hub_id if found.hub_id is not None else found.path
             assert source is not None
-            pipe = LatentDiffusion.from_pretrained(
-                source, settings.device, settings.dtype, settings.attention, found.revision
-            )
+            try:
+                pipe = LatentDiffusion.from_pretrained(
+                    source, settings.device, settings.dtype, settings.attention, found.revision
+                )
+            except InvalidRequest as error:  # where it lies is the server's own business
+                raise InvalidRequest(error.field, name, error.hint) from error
             for file in files:
                 try:
                     pipe.load_embedding(file)
@@ -201,6 +204,7 @@ class Worker:
             if not slot.done.is_set():
                 files = self._write(part, slot.job)
                 facts = {"files": files, "seconds": part.seconds, "batch": len(batch)}
+                facts["ended"] = time.time()  # SQLite's own time is a whole second
                 slot.result = facts
                 slot.end()
 

@@ -1,14 +1,28 @@
 """What a reviewer found: each answered wrongly once."""
 
+import asyncio
 import base64
+import errno
 import io
 import json
+import os
+import re
+import signal
 import struct
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from latentgen import metadata
+from latentgen import InvalidRequest, metadata
+from latentgen.outputs import write_file
+from latentgen.server import openai
+from latentgen.server.drawing import Drawing, accept
+from latentgen.server.jobs import JobState, alone
+from latentgen.server.settings import Settings
 
 UPRIGHT = Image.new("RGB", (32, 64), "red")
 
@@ -119,7 +133,13 @@ def test_they_are_refused_and_not_broken(server):
     for path, asked in (
         ("/v1/images/generations", {"stream": True, "response_format": "url"}),
         ("/sdapi/v1/png-info", {"image": text(encoded(UPRIGHT)), "colour": 1}),
-        ("/sdapi/v1/txt2img", {"override_settings_restore_afterwards": False}),
+        (
+            "/sdapi/v1/txt2img",
+            {
+                "override_settings": {"samples_format": "jpg"},
+                "override_settings_restore_afterwards": False,
+            },
+        ),
     ):
         answer = server.http.post(path, json={"prompt": "a", **asked})
         assert answer.status_code == 400, (path, answer.text)
@@ -159,3 +179,180 @@ def test_the_running_job_is_found_behind_those_that_wait(server):
 def test_methods_that_somebody_invents_are_one_row_of_the_metrics(server):
     server.http.request("FOO1", "/health")
     assert "FOO1" not in server.http.get("/metrics").text
+
+
+def resident(server) -> int:
+    """Bytes of memory of the server's process."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="tells the memory of a process")
+def test_clients_that_wait_hold_no_pictures_in_memory(server):
+    server.submit(width=256, height=256, steps=900, n=8)
+    clear = encoded(Image.new("RGBA", (2048, 2048)))
+    waiting = []
+
+    def edit():
+        files = {"image": ("x.png", clear, "image/png")}
+        server.http.post("/v1/images/edits", data={"prompt": "a cat"}, files=files, timeout=120)
+
+    def accepted(count):
+        waiting.append(threading.Thread(target=edit))
+        waiting[-1].start()
+        while server.http.get("/jobs?status=queued").json()["jobs"][count - 1 :] == []:
+            time.sleep(0.05)
+
+    accepted(1)
+    before = resident(server)
+    for count in range(2, 7):
+        accepted(count)
+    assert resident(server) - before < 60_000_000  # once it was 38 MB each
+    for job in server.http.get("/jobs?status=queued").json()["jobs"]:
+        server.http.post(f"/jobs/{job['id']}/cancel")
+    for thread in waiting:
+        thread.join()
+
+
+def test_signals_to_the_whole_group_do_not_end_the_worker(server):
+    """systemd and terminals send them so; a worker that dies counts as one that a job killed."""
+    worker = server.worker()
+    id = server.submit(width=128, height=128, steps=60)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        os.kill(worker, number)
+    assert server.ended(id)["status"] == "done"
+    assert server.worker() == worker
+
+
+def test_a_damaged_lora_is_told_by_its_name(server):
+    file = server.home / "loras" / "damaged.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"nothing of the kind")
+    try:
+        answer = server.http.post("/jobs", json={"prompt": "a cat", "loras": [{"name": "damaged"}]})
+    finally:
+        file.unlink()
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("loras='damaged': damaged or not")
+
+
+def test_no_answer_tells_where_things_lie(tiny, tmp_path, monkeypatch):
+    settings = Settings(model=str(tiny), data_dir=tmp_path)
+    assert settings.told(f"model='{tiny}': no") == "model='tiny': no"
+    assert settings.told(f"{tmp_path}/loras/x") == "LATENTGEN_HOME/loras/x"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTGEN_HOME", "d")
+    settings = Settings(model=str(tiny))
+    assert settings.told("guidance_scale=0.5") == "guidance_scale=0.5"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
+        {"sd_vae": None, "eta_noise_seed_delta": 0},
+    ],
+)
+def test_settings_of_the_webui_that_ask_for_nothing_are_taken(server, override):
+    asked = {"prompt": "a cat", "steps": 2, "width": 32, "height": 32, "clip_skip": 1}
+    asked |= {"override_settings": override, "override_settings_restore_afterwards": False}
+    assert server.http.post("/sdapi/v1/txt2img", json=asked).status_code == 200
+    assert server.http.post("/sdapi/v1/options", json=override).status_code == 200
+    override = override | {"CLIP_stop_at_last_layers": 2}
+    asked["override_settings"] = override
+    for path, body in (("txt2img", asked), ("options", override)):
+        answer = server.http.post(f"/sdapi/v1/{path}", json=body)
+        assert answer.status_code == 400
+        assert "CLIP_stop_at_last_layers" in answer.json()["detail"]
+
+
+def test_a_negative_prompt_without_guidance_is_refused_and_the_webui_passes_over_it(server):
+    asked = {"prompt": "a cat", "negative_prompt": "red", "steps": 2}
+    told = server.http.post("/jobs", json=asked | {"guidance_scale": 1})
+    assert told.status_code == 400
+    assert "no effect with guidance_scale 1" in told.json()["error"]["message"]
+    asked |= {"cfg_scale": 1, "width": 32, "height": 32}
+    assert server.http.post("/sdapi/v1/txt2img", json=asked).status_code == 200
+
+
+def test_a_job_never_ends_before_it_began(server):
+    for state in (server.ended(server.submit()), server.http.post("/jobs", json={"prompt": "a"})):
+        if not isinstance(state, dict):
+            server.http.post(f"/jobs/{state.json()['id']}/cancel")
+            state = server.ended(state.json()["id"])
+        assert state["ended"] >= state["created"]
+
+
+def test_a_stream_of_events_is_kept_back_by_no_proxy(server):
+    asked = {"prompt": "a cat", "stream": True, "steps": 2}
+    answer = server.http.post("/v1/images/generations", json=asked)
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == (
+        "no-cache",
+        "no",
+    )
+
+
+def test_a_stream_that_waits_says_that_it_lives(server, monkeypatch, tmp_path):
+    async def waits(id):
+        for _ in range(4):
+            yield JobState(id, "queued", job)
+        yield JobState(id, "cancelled", job, ended=1.0)
+
+    job = accept(Drawing(prompt="a"), Settings(data_dir=tmp_path))
+    monkeypatch.setattr(openai, "PING", 0.0)
+    live = SimpleNamespace(follow=waits, running={})
+    service = SimpleNamespace(live=live, settings=Settings(data_dir=tmp_path))
+
+    async def told():
+        return [one async for one in openai._events(service, job, "image_generation", {})]
+
+    *pings, last = asyncio.run(told())
+    assert pings == [b": waiting\n\n"] * 4
+    assert b"the job was cancelled" in last
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("mysql://us:secret@127.0.0.1/x", "PostgreSQL"),
+        ("postgres:/bad", "not a URL"),
+        ("postgresql://us:secret@127.0.0.1:1/x", "cannot be reached"),
+    ],
+)
+def test_a_database_that_is_none_is_told_in_a_line(url, told):
+    with pytest.raises(InvalidRequest, match=told) as refused, alone(url):
+        pass
+    assert refused.value.field == "database_url"
+    assert "secret" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(_number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "x.png", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_a_jpeg_cannot_hold_is_refused_before_it_is_drawn(server):
+    asked = {"prompt": "猫" * 14_500, "output_format": "jpeg"}
+    answer = server.http.post("/jobs", json=asked)
+    assert answer.status_code == 400
+    assert "cannot hold" in answer.json()["error"]["message"]
+
+
+def test_both_names_of_a_field_are_told_to_be_one(server):
+    answer = server.http.post("/jobs", json={"prompt": "a", "steps": 2, "num_inference_steps": 3})
+    assert answer.status_code == 400
+    assert "the same as num_inference_steps" in answer.json()["error"]["message"]
+
+
+def test_no_other_page_shows_this_one_in_a_frame(server):
+    for path in ("/", "/health", "/jobs"):
+        headers = server.http.get(path).headers
+        assert headers["x-frame-options"] == "SAMEORIGIN"
+        assert headers["content-security-policy"] == "frame-ancestors 'self'"
+        assert headers["x-content-type-options"] == "nosniff"

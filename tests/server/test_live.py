@@ -163,7 +163,7 @@ def test_those_that_find_no_place_are_told_at_once(tmp_path, monkeypatch):
     async def submit(service):
         begin = time.monotonic()
         try:
-            await service.submit(Drawing(prompt="a cat"))
+            await service.submit(lambda: (Drawing(prompt="a cat"), None, None))
         except QueueFull:
             return time.monotonic() - begin
         return None

@@ -23,6 +23,7 @@ from latentgen import metadata
 from latentgen.errors import InvalidRequest
 from latentgen.lora import Layer, Lora, write_lora
 from latentgen.server import page
+from latentgen.server.drawing import accept
 from latentgen.server.jobs import QueueFull
 from latentgen.server.settings import Settings
 
@@ -308,6 +309,17 @@ def used(server, settings, job: dict) -> tuple[dict, list[str]]:
     drawing, _, _ = page.read_form(list(form.values()), None, None, settings)
     asked = drawing.model_dump(exclude_none=True)
     return asked | {"steps": asked.pop("num_inference_steps")}, lost
+
+
+def test_a_photo_of_any_size_can_be_redrawn(settings, tmp_path):
+    Image.new("RGB", (101, 75), "red").save(tmp_path / "photo.png")
+    painted = SimpleNamespace(
+        background=SimpleNamespace(path=str(tmp_path / "photo.png")), layers=[]
+    )
+    form = FORM | {"model": next(iter(settings.models()))}
+    drawing, image, mask = page.read_form(list(form.values()), painted, None, settings)
+    assert (drawing.width, drawing.height) == (96, 72)
+    assert accept(drawing, settings, image, mask).request["width"] == 96
 
 
 def pixels(server, job: dict) -> bytes:
