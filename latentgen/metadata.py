@@ -403,8 +403,8 @@ def request_from_infotext(
         notes.append("its noise was drawn on a GPU, or by another program")
     for key in ("Model", "Model hash", "Version", "Inpaint area"):
         left.pop(key, None)
-    if re.search(r"(?<!\\)[(\[<]", prompt):
-        notes.append("weights and <...> in its prompt are read as plain text")
+    if re.search(r"<|\[[^\]]*[:|]|\bAND\b", prompt):
+        notes.append("<...>, [a:b:0.5], [a|b] and AND in its prompt are read as plain text")
     notes += [f"{key}: {value}" for key, value in left.items()]
     return Request(**options, **_given(pictures)), notes
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
-from . import lorafolder, schedulers
+from . import emphasis, lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image, load_mask, region
 from .lorafolder import LoraUse
@@ -88,7 +88,8 @@ class Request:
     """One call of the pipeline; the names are diffusers'.
 
     Attributes:
-        prompt: one text, or a list of texts; `<lora:name:0.8>` is taken out and joins `loras`.
+        prompt: one text, or a list of texts; `(word:1.3)`, `[word]` and `BREAK` mean what
+            `latentgen.emphasis` says; `<lora:name:0.8>` is taken out and joins `loras`.
         negative_prompt: what to keep away from: one text for all, or one for each prompt.
         num_inference_steps: length of the schedule, before `strength`; 1 to 1000.
         guidance_scale: how strongly to follow the prompt; 1 = not at all guided.
@@ -136,6 +137,8 @@ class Request:
             raise InvalidRequest(
                 "prompt", self.prompt, "say what to draw, for example 'a red apple'"
             )
+        for text in prompts:
+            emphasis.read(text)
         self._set("prompt", prompts)
         self._take_loras(tags)
         if self.negative_prompt is not None:
@@ -148,6 +151,8 @@ class Request:
             if any("<lora:" in text for text in negatives):
                 hint = "<lora:...> belongs into the prompt, perhaps with a weight below 0"
                 raise InvalidRequest("negative_prompt", self.negative_prompt, hint)
+            for text in negatives:
+                emphasis.read(text, "negative_prompt")
             self._set("negative_prompt", negatives)
 
         self._integer("num_inference_steps", 1, MAX_STEPS)
