@@ -119,7 +119,7 @@ WRONG = [
     ({"guidance_scale": "NaN"}, "guidance_scale", ""),
     ({"output_format": "gif"}, "output_format", "png"),
     ({"quality": 50}, "quality", "PNG loses nothing"),
-    ({"output_format": "jpeg", "prompt": "a" * 16_000}, "output_format", "cannot hold"),
+    ({"output_format": "jpeg", "prompt": "猫" * 12_500}, "output_format", "cannot hold"),
     ({"seed": 2**63 - 64}, "seed", "less than or equal"),
 ]
 

@@ -245,7 +245,7 @@ def test_the_wrong_field_is_named_and_no_other(server, picture):
         ({"image": "x"}, "'image'"),
         ({"denoising_strength": 2}, "denoising_strength"),
         (
-            {"prompt": "a" * 16_000, "override_settings": {"samples_format": "jpg"}},
+            {"prompt": "猫" * 12_500, "override_settings": {"samples_format": "jpg"}},
             "samples_format",
         ),
     ):
