@@ -90,9 +90,16 @@ def test_an_infotext_of_the_webui_is_understood():
         height=640,
     )
     told = " / ".join(notes)
-    for lost in ("Clip skip: 2", "Lora hashes: fruit", "weights", "noise"):
+    for lost in ("Clip skip: 2", "Lora hashes: fruit", "noise"):
         assert lost in told
     assert "Steps" not in told
+    assert "plain text" not in told  # its weights mean the same here
+
+
+@pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "a [cat|dog]", "a cat AND a dog", "<x:y>"])
+def test_what_a_prompt_of_the_webui_means_only_there_is_told(prompt):
+    _, notes = request_from_infotext(parse_infotext(f"{prompt}\nSteps: 2, Seed: 1, Size: 8x8"))
+    assert any("plain text" in note for note in notes)
 
 
 def test_only_masked_means_the_same_here_and_there(pipe, picture, mask):
