@@ -65,8 +65,10 @@ def add_word(tokenizer, token: str, count: int, field: str = "token") -> list[in
         The ids of its tokens.
 
     Raises:
-        InvalidRequest: the tokenizer has it already, perhaps as an ordinary word.
+        InvalidRequest: it has spaces, or the tokenizer has it already, perhaps as an ordinary word.
     """
+    if token.split() != [token]:
+        raise InvalidRequest(field, token, "a word without spaces, like <this>")
     parts, known = parts_of_word(token, count), tokenizer.get_vocab()
     for part in parts:
         if part in known or len(tokenizer(part, add_special_tokens=False).input_ids) == 1:

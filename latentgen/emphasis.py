@@ -15,7 +15,7 @@ import re
 
 from .errors import InvalidRequest
 
-__all__ = ["Piece", "read"]
+__all__ = ["Piece", "escaped", "read"]
 
 Piece = tuple[str, float]  # a text and how much it counts
 
@@ -30,6 +30,11 @@ _TOKEN = re.compile(
     r"|(?P<text>\w+|.)",
     re.DOTALL,
 )
+
+
+def escaped(text: str) -> str:
+    """`text` as a prompt says it, with its brackets as they are."""
+    return re.sub(r"([\\()\[\]])", r"\\\1", text)
 
 
 def read(prompt: str, field: str = "prompt") -> list[list[Piece]]:

@@ -10,6 +10,7 @@ applied by `adapters.py`, which leaves the weights alone.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from . import adapters, images, latents, lorafolder, modelfolder, schedulers
+from . import adapters, emphasis, images, latents, lorafolder, modelfolder, schedulers
 from .conditioning import MaskBlend, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
 from .embeddings import add_word, read_embedding, said, spelled_out
@@ -526,7 +527,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         return rows, request.guidance_scale if guided else None, unet_kwargs
 
     def _expand(self, text: str) -> str:
-        """Write textual-inversion tokens of several vectors out, where such are loaded."""
+        """Write textual-inversion tokens of several vectors out, where such are loaded, and keep
+        the brackets of those that have some (`[V]`) from being read as weights."""
         added = self.tokenizer.added_tokens_encoder  # they may be another program's
         for token in added:
             count = 1
@@ -534,6 +536,11 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 count += 1
             if count > 1:
                 text = spelled_out(text, token, count)
+        bracketed = [token for token in added if emphasis.escaped(token) != token]
+        if bracketed:
+            longest_first = sorted(bracketed, key=len, reverse=True)
+            pattern = "|".join(map(re.escape, longest_first))
+            text = re.sub(pattern, lambda found: emphasis.escaped(found[0]), text)
         return text
 
     def _embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:

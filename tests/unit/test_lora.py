@@ -22,7 +22,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
-from latentgen import InvalidRequest, LatentDiffusion, cli, lora, lorafolder, metadata
+from latentgen import InvalidRequest, LatentDiffusion, cli, emphasis, lora, lorafolder, metadata
+from latentgen.embeddings import add_word
 from latentgen.lora import (
     Layer,
     Lora,
@@ -863,6 +864,24 @@ def test_a_word_of_letters_is_found_only_where_it_stands_alone(tmp_path, learner
     for text in ("cat", "(cat:1.2)", "CAT,"):
         assert [i for i in ids(text) if i >= first] == list(range(first, first + count))
         assert "Cat: " in learner.generate(text, num_inference_steps=1).settings["embeddings"]
+
+
+@pytest.mark.parametrize("token", ["[V]", "(x)", "BadDream(v1)"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_brackets_of_a_word_are_no_weights(tmp_path, learner, token, count):
+    plain = draw(learner, prompt=f"a {token}")
+    save_file({token: torch.randn(count, 16)}, tmp_path / "x.safetensors")
+    assert learner.load_embedding(tmp_path / "x.safetensors") == token
+    [pieces] = emphasis.read(learner._expand(f"a {token} (here:1.3)"))
+    ids = learner.tokenizer(pieces[0][0], add_special_tokens=False).input_ids
+    first = learner.tokenizer.convert_tokens_to_ids(token)
+    assert [i for i in ids if i >= first] == list(range(first, first + count))
+    assert not near(draw(learner, prompt=f"a {token}"), plain)
+
+
+def test_a_word_with_a_space_is_refused_before_it_is_learnt(learner):
+    with pytest.raises(InvalidRequest, match="a word without spaces"):
+        add_word(learner.tokenizer, "my cat", 1)
 
 
 def test_embeddings_are_told_in_the_metadata(tmp_path, learner):
