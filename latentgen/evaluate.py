@@ -160,15 +160,15 @@ def evaluate(
         on_picture(len(images), total)
     metrics = measure(images, prompts.prompts, judge, real)
     metrics["seconds_per_picture"] = seconds / total
-    first, *others = prompts.entries
-    shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    one, *others = prompts.entries
+    shared = {k: v for k, v in one.items() if all(other.get(k) == v for other in others)}
     facts = {
         **{name: value for name, value in shared.items() if name != "prompt"},
         "model": pipe.model.name,
         "prompts": prompts.name,
         "num_prompts": len(prompts.entries),
         "num_images": each,
-        "seed": first.get("seed", 0) if seed is None else seed,
+        "seed": one.get("seed", 0) if seed is None else seed,
         "clip": judge.name,
         "num_real": len(real) if real is not None else None,
         **settings,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from .errors import InvalidRequest
 from .lorafolder import checked, files_of
 from .lorakeys import flatten_path, place, unflatten_path
-from .outputs import check_file, check_folder
+from .outputs import check_file, check_folder, write_file
 
 __all__ = [
     "LAYOUTS",
@@ -295,7 +294,6 @@ def write_lora(
         _write_safetensors(path, tensors, {**lora.metadata, **packed})
     else:
         for part, layers in parts.items():
-            (path / part).mkdir(parents=True, exist_ok=True)
             tensors = {
                 f"base_model.model.{key}": value
                 for key, value in _peft_tensors(layers, dtype).items()
@@ -304,7 +302,7 @@ def write_lora(
             _write_safetensors(path / part / "adapter_model.safetensors", tensors, header)
             config = {"peft_type": "LORA", **_peft_config(layers, part)}
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            _write(path / part / "adapter_config.json", text.encode())
+            write_file(path / part / "adapter_config.json", text.encode())
     return path
 
 
@@ -528,16 +526,4 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str,
         "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
         "modelspec.hash_sha256": f"0x{digest}",
     }
-    _write(path, save(tensors, {**header, **hashes}))
-
-
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file(path, save(tensors, {**header, **hashes}))
