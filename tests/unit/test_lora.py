@@ -386,7 +386,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fails(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lora.os, "fsync", fails)
+    monkeypatch.setattr("latentgen.outputs.os.fsync", fails)
     with pytest.raises(OSError, match="no space"):
         write_lora(random_lora(1), file)
     assert file.read_bytes() == before
