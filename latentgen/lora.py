@@ -118,7 +118,8 @@ def read_lora(file: str | Path) -> Lora:
             named `unet` and `text_encoder`.
 
     Raises:
-        InvalidRequest: it is missing, damaged, not a LoRA, or has numbers that are not finite.
+        InvalidRequest: it is missing, damaged, not a LoRA, has numbers that are not finite, or was
+            trained on changed weights of its model (PiSSA and its like).
     """
     path = checked(Path(file))
     tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -145,6 +146,8 @@ def read_lora(file: str | Path) -> Lora:
             tensors.setdefault((part, module), {})[role] = value
             if own is not None:
                 configs[part] = own
+    for config in configs.values():
+        _check_plain(config)
 
     layers: dict[str, dict[str, Layer]] = {part: {} for part in _PARTS}
     for (part, module), roles in tensors.items():
@@ -188,6 +191,18 @@ def _configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     except (ValueError, TypeError, AttributeError) as error:
         hint = f"its {_ADAPTER_METADATA} is not a JSON object ({error})"
         raise InvalidRequest("loras", _ADAPTER_METADATA, hint) from error
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """Refuse a LoRA of which PEFT's configuration says that the model's own weights were changed
+    before it learnt (PiSSA, OLoRA, CorDA and others): its tensors alone have another effect."""
+    begun = config.get("init_lora_weights", True)
+    if isinstance(begun, str) and begun.lower() not in {"gaussian", "orthogonal", "eva", "mica"}:
+        hint = (
+            "such a LoRA belongs to changed weights of its model; save it as a plain one, with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+        raise InvalidRequest("init_lora_weights", begun, hint)
 
 
 def _own_config(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

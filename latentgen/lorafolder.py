@@ -109,8 +109,7 @@ def parse(asked: Any) -> LoraUse:
     is_path = len(path.parts) > 1 or path.suffix.lower() in {".safetensors", *PICKLES}
     if not is_path and not os.path.isfile(path) and not files_of(path):
         return LoraUse(str(asked), unet, text_encoder)
-    name = path.stem if path.suffix == ".safetensors" else path.name
-    return LoraUse(name, unet, text_encoder, checked(path))
+    return LoraUse(_name_of(path), unet, text_encoder, checked(path))
 
 
 def take_tags(prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[LoraUse, ...]]:
@@ -169,6 +168,13 @@ def resolve(
 def folder() -> Path:
     """Where LoRAs are found by name."""
     return home() / "loras"
+
+
+def _name_of(path: Path) -> str:
+    """What a LoRA is called: as its file, or as its folder where programs call all files alike."""
+    if path.stem in ("pytorch_lora_weights", "adapter_model"):
+        return path.absolute().parent.name
+    return path.stem if path.suffix == ".safetensors" else path.name
 
 
 def files_of(path: Path) -> list[Path]:

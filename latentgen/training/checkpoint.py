@@ -38,7 +38,8 @@ def save_checkpoint(
     best: float | None = None,
 ) -> Path:
     """Write `checkpoint-<step>`, then drop all but the newest. With `best`, a held-out loss that no
-    step before reached, write `checkpoint-best-<step>`, then drop the best before.
+    step before reached, write `checkpoint-best-<step>`, then drop the best before. That of step 0
+    holds no weights, which come from the model and the seed: it says that the run has begun.
 
     `data` is the data's fingerprint; `export` puts the result so far (of the averaged weights),
     ready for use, into the checkpoint's folder `result`.
@@ -87,12 +88,14 @@ def _write(
         "ema": state.ema,
         "optimizer": moments,
     }
+    if state.step == 0:
+        parts = {}
     hashes = {}
     for part, tensors in parts.items():
         file = folder / f"{part}.safetensors"
         save_file(_apart(tensors), file)
         hashes[file.name] = _sha256(file)
-    if export is not None:
+    if export is not None and state.step > 0:
         result = folder / "result"
         result.mkdir()
         with averaged(state):
@@ -127,23 +130,33 @@ def best_loss(output_dir: Path) -> float:
 
 def resolve_checkpoint(config: RunConfig) -> Path | None:
     """The folder to go on from, or None for a run that starts: `latest` is the newest checkpoint
-    of the run (the best while there is no other, and none before the first), anything else is a
-    folder, or the name of one of the run's checkpoints, and must exist.
+    of the run (the best while there is no other), anything else is a folder, or the name of one of
+    the run's checkpoints.
 
-    Raises TrainingError when a run would start where checkpoints of another already are.
+    Raises TrainingError when there is no such checkpoint, and when a run would start where weights
+    of another already are.
     """
-    found = checkpoints(config.output_dir) or checkpoints(config.output_dir, BEST)
+    begun = [config.output_dir / f"{PREFIX}0"]
+    found = [path for path in checkpoints(config.output_dir) if path not in begun]
+    found = found or checkpoints(config.output_dir, BEST)
     wanted = config.resume_from_checkpoint
-    if wanted is None and found:
+    if wanted is None:
+        if not found:
+            return None
         raise TrainingError(
             f"{config.output_dir} has {found[-1].name}: go on with --resume_from_checkpoint "
             "latest, or name another --output_dir"
         )
-    if wanted is None or (wanted == "latest" and not found):
-        return None
     inside = config.output_dir / wanted
-    chosen = found[-1] if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
+    chosen = (
+        (found or begun)[-1] if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
+    )
     if not (chosen / "state.json").is_file():
+        if wanted == "latest":
+            raise TrainingError(
+                f"resume_from_checkpoint: {config.output_dir} has no checkpoint; a run begins "
+                "without this flag"
+            )
         raise TrainingError(f"resume_from_checkpoint: {chosen} is no checkpoint")
     return chosen
 
@@ -176,6 +189,8 @@ def load_checkpoint(
             f"{checkpoint} cannot be continued as the same run:\n  " + "\n  ".join(changed)
         )
     state.step = facts["step"]
+    if state.step == 0:
+        return
     put_weights(state, load_file(checkpoint / "model.safetensors"))
     for name, value in load_file(checkpoint / "ema.safetensors").items():
         state.ema[name].copy_(value)

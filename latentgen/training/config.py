@@ -168,7 +168,8 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
             words += _words(_manifest_flags(files.repeat, known, parser))
     settings = {} if files.config is None else _yaml_flags(files.config, parser)
     listing = files.dataset_config or settings.get("dataset_config")
-    if listing is not None and "dataset_config" in known:
+    # a run to repeat knows its flags, also those that the shell had set over such a file's
+    if listing is not None and "dataset_config" in known and files.repeat is None:
         words += _words(kohya_flags(Path(listing)))
     words += _words(settings)
     argv = [*words, *argv]

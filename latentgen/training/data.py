@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latentgen.errors import TrainingError
 from latentgen.images import load_image
 from latentgen.training.config import DataConfig
 from latentgen.training.pictures import Picture, check_pictures, read_folder
@@ -71,16 +73,24 @@ def random_crops(pixels: Tensor, size: int, tops: Tensor, lefts: Tensor) -> Tens
 
 
 def cached(output_dir: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` computes, kept in the run's `cache` folder under a key of all it depends on."""
+    """What `make` computes, kept in the run's `cache` folder under a key of all it depends on.
+
+    Raises TrainingError when it cannot be written.
+    """
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     file = output_dir / "cache" / f"{name}.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        values = make().contiguous()
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"values": make().contiguous()}, partial)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"values": values}, partial)
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(partial, file)
+        except (OSError, SafetensorError) as error:  # a full disk, most of the time
+            partial.unlink(missing_ok=True)
+            raise TrainingError(f"{file} cannot be written: {error}") from error
     return load_file(file)["values"]
 
 

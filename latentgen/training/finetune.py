@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentgen.errors import TrainingError
+from latentgen.errors import DecodeError, TrainingError
 from latentgen.images import contact_sheet
 from latentgen.modelfolder import Model, read_json
+from latentgen.outputs import write_file
 from latentgen.pipeline import LatentDiffusion
 from latentgen.training.buckets import Size
 from latentgen.training.config import say, to_repeat, versions
@@ -132,9 +133,11 @@ def fine_tune(
     pipe = _load(config, found, accelerator, method)
     _expect("the model", config.expect_model or None, found.hashes())
     if prior is not None:
+        prior.check_model(found.hashes())
         missing = prior.missing()
         accelerator.wait_for_everyone()  # each process has looked before any draws
-        draw_class(pipe, prior, missing[accelerator.process_index :: accelerator.num_processes])
+        share = missing[accelerator.process_index :: accelerator.num_processes]
+        draw_class(pipe, prior, found.hashes(), share)
         accelerator.wait_for_everyone()
         lesson = Lesson(config, found, tokenizer, pictures, unseen)
         lesson.add_class(prior.pictures())
@@ -179,11 +182,12 @@ def count_steps(config: FineTuneConfig, lesson: Lesson) -> None:
         config.num_train_epochs = None
 
 
-def draw_class(pipe: LatentDiffusion, prior: Prior, files: list[Path]) -> None:
-    """Draw pictures of the class. Picture i is drawn from seed i, so that a run which was stopped
-    goes on with the same ones, by however many processes."""
-    prior.folder.mkdir(parents=True, exist_ok=True)
-    prior.note.write_text(prior.prompt, "utf-8")
+def draw_class(pipe: LatentDiffusion, prior: Prior, model: list[str], files: list[Path]) -> None:
+    """Draw pictures of the class with the model of these hashes. Picture i is drawn from seed i, so
+    that a run which was stopped goes on with the same ones, by however many processes."""
+    if files:
+        note = {"prompt": prior.prompt, "model": model}
+        write_file(prior.note, json.dumps(note, indent=2).encode() + b"\n")
     for file in files:
         partial = file.with_suffix(".partial")
         pipe.generate(prior.prompt, seed=int(file.stem)).image.save(partial, "PNG")
@@ -257,8 +261,13 @@ class Task:
         if not prompts:
             return None
         self._move_idle(self.device)
-        images = self.pipe.generate(prompts, seed=0).images
-        self._move_idle("cpu")
+        try:
+            images = self.pipe.generate(prompts, seed=0).images
+        except DecodeError as error:  # perhaps the pictures to learn are black
+            say(f"no sample pictures: {error}")
+            return None
+        finally:
+            self._move_idle("cpu")
         return contact_sheet(images)
 
     def _move_idle(self, device: torch.device | str) -> None:

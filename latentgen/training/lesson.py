@@ -153,15 +153,28 @@ class Prior:
 
     @property
     def note(self) -> Path:
-        """The file that says what the pictures were drawn for."""
-        return self.folder / "prompt.txt"
+        """The file that says of which prompt, and by which model, pictures were drawn."""
+        return self.folder / "drawn.json"
 
     def pictures(self) -> list[Picture]:
         """Those that are there. Raises DataError when they were drawn for another prompt."""
-        if self.note.exists() and self.note.read_text("utf-8") != self.prompt:
-            raise DataError(f"{self.folder} holds pictures of {self.note.read_text('utf-8')!r}")
+        drawn = self._drawn("prompt")
+        if drawn not in (None, self.prompt):
+            raise DataError(f"{self.folder} holds pictures of {drawn!r}")
         files = picture_files(self.folder) if self.folder.is_dir() else []
         return [Picture(file, (self.prompt,), is_reg=True) for file in files]
+
+    def check_model(self, hashes: list[str]) -> None:
+        """Raises DataError when pictures were drawn by a model of other hashes: they would teach
+        how that one draws the class."""
+        if self._drawn("model") not in (None, hashes):
+            raise DataError(
+                f"{self.folder} holds pictures drawn by another model; name another "
+                "--class_data_dir, or remove them to have them drawn again"
+            )
+
+    def _drawn(self, fact: str) -> Any:
+        return modelfolder.read_json(self.note).get(fact) if self.note.exists() else None
 
     def missing(self) -> list[Path]:
         """The files that are to be drawn, named by their seeds."""

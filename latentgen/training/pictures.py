@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -174,6 +175,8 @@ def read_kohya(file: Path, seed: int = 0) -> list[Picture]:
         of_class = settings.get("is_reg", False)
         if of_class and (settings.get("flip_aug") or "conditioning_data_dir" in subset):
             raise DataError(f"{file}: pictures of the class (is_reg) take no flips and no masks")
+        if of_class and subset.get("caption_dropout_rate"):
+            raise DataError(f"{file}: pictures of the class (is_reg) keep their captions")
         folder = _folder_near(file, subset["image_dir"])
         ending = settings.get("caption_extension", ".caption")
         tokens = settings.get("class_tokens")
@@ -196,6 +199,10 @@ def read_kohya(file: Path, seed: int = 0) -> list[Picture]:
                     random_flip=settings.get("flip_aug", False),
                     is_reg=of_class,
                 )
+            )
+        if not listed:
+            raise DataError(
+                f"{file}: no picture lies in {folder} itself; folders in it are not read"
             )
         masks = subset.get("conditioning_data_dir")
         pictures += listed if masks is None else with_masks(listed, _folder_near(file, masks))
@@ -229,19 +236,22 @@ SWITCHES = {"shuffle_caption", "flip_aug", "is_reg", "enable_bucket", "bucket_no
 def kohya_flags(file: Path) -> dict[str, Any]:
     """What a TOML in kohya's format says about the whole run, as our flags. Several datasets must
     agree: a run has one resolution and one batch size."""
-    defaults = {"batch_size": 1, "enable_bucket": False}  # its own, not ours
+    # its own defaults, not ours
+    defaults = {"batch_size": 1, "enable_bucket": False, "caption_dropout_rate": 0.0}
     found: dict[str, Any] = {}
     for dataset, subset in _kohya_subsets(file):
+        settings = defaults | dataset | subset
         for key, name in KOHYA_FLAGS.items():
-            value = (defaults | dataset | subset).get(key)
-            if value is None:
+            value = settings.get(key)
+            of_instances = key == "caption_dropout_rate"  # the class keeps its captions
+            if value is None or (of_instances and settings.get("is_reg")):
                 continue
             if isinstance(value, list):
                 if len(set(value)) != 1:
                     raise DataError(f"{file}: {key} {value}: one number, the side of a square")
                 value = value[0]
             if found.setdefault(name, value) != value:
-                raise DataError(f"{file}: its datasets differ in {key}; a run has one")
+                raise DataError(f"{file}: its datasets or subsets differ in {key}; a run has one")
     return found
 
 
@@ -262,6 +272,8 @@ def with_masks(pictures: list[Picture], folder: Path) -> list[Picture]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     files = picture_files(folder)
+    if not files:
+        raise DataError(f"{folder} has no masks")
     own = {file.resolve() for file in files}
     pictures = [picture for picture in pictures if picture.file.resolve() not in own]
     stems = [picture.file.stem for picture in pictures]
@@ -412,6 +424,9 @@ def _check_type(file: Path, key: str, value: Any) -> None:
         right, needed = isinstance(value, bool), "true or false"
     elif key == "caption_dropout_rate":
         right, needed = type(value) in (int, float), "a number"
+    elif key == "caption_extension":
+        right = isinstance(value, str) and re.fullmatch(r"\.[^./\\]+", value) is not None
+        needed = 'an ending such as ".txt"'
     else:
         right, needed = isinstance(value, str), "a text"
     if not right:

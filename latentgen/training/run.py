@@ -157,12 +157,12 @@ def run(
     if resume is not None:
         load_checkpoint(state, resume, config, accelerator, data)
         accelerator.print(f"going on from {resume}")
-    elif config.resume_from_checkpoint is not None:
-        accelerator.print(f"no checkpoint in {config.output_dir}: a new run begins")
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(as_json(config), indent=2) + "\n"
         (config.output_dir / "training_config.json").write_text(settings)
+        if resume is None:
+            save_checkpoint(state, config, accelerator, data)
     accelerator.init_trackers("latentgen" if config.report_to == "wandb" else "")
 
     def measure() -> dict[str, float]:

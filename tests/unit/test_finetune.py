@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentgen import LatentDiffusion
-from latentgen.errors import DataError, InvalidRequest, TrainingError
+from latentgen.errors import DataError, DecodeError, InvalidRequest, TrainingError
 from latentgen.lora import read_lora
 from latentgen.modelfolder import find
 from latentgen.training import config as config_module
@@ -156,6 +156,7 @@ def test_a_kohya_file_is_read_whole(tmp_path):
     (tmp_path / "things" / "green.txt").write_text("sks, a, b, c\na second line")
     draw_pictures(tmp_path / "things" / "below", 1)
     draw_pictures(tmp_path / "others", 1)
+    draw_pictures(tmp_path / "nested" / "below", 1)
     file = tmp_path / "set.toml"
     file.write_text(
         "[general]\nenable_bucket = true\nshuffle_caption = true\nkeep_tokens = 1\n"
@@ -172,7 +173,7 @@ def test_a_kohya_file_is_read_whole(tmp_path):
     )
     assert (other.is_reg, other.repeats, other.captions) == (True, 1, ("a red dot",))
     flags = {"enable_bucket": True, "resolution": 64, "train_batch_size": 3}
-    assert kohya_flags(file) == flags
+    assert kohya_flags(file) == flags | {"proportion_empty_prompts": 0.0}
     text = "[[datasets]]\ncolor_aug = false\n[[datasets.subsets]]\nimage_dir = 'things'\n"
     file.write_text(text + "caption_dropout_rate = 0.1\ncaption_prefix = 'icon,'\n")
     flags = {"enable_bucket": False, "train_batch_size": 1, "proportion_empty_prompts": 0.1}
@@ -190,10 +191,20 @@ def test_a_kohya_file_is_read_whole(tmp_path):
         ("image_dir = 'things'\nkeep_tokens = true", "keep_tokens must .* it is True"),
         ("image_dir = 'things'\nflip_aug = 'yes'", "flip_aug must be true or false"),
         ("image_dir = 'things'\ncaption_dropout_rate = '0.1'", "must be a number"),
+        ("image_dir = 'things'\ncaption_extension = 'txt'", r'must be an ending such as "\.txt"'),
+        ("image_dir = 'nested'", r"no picture lies in .*nested itself; folders in it are not read"),
+        ("image_dir = 'nested'\nis_reg = true", "no picture lies in"),
+        ("image_dir = 'things'\nis_reg = true\ncaption_dropout_rate = 0.1", "keep their captions"),
     ]:
         file.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{wrong}\n")
         with pytest.raises(DataError, match=told):
             read_kohya(file)
+    two = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'things'\n[[datasets.subsets]]\n"
+    file.write_text(f"{two}image_dir = 'others'\ncaption_dropout_rate = 0.1\n")
+    with pytest.raises(DataError, match="differ in caption_dropout_rate; a run has one"):
+        kohya_flags(file)
+    file.write_text(f"{text}caption_dropout_rate = 0.1\n[[datasets.subsets]]\nis_reg = true\n")
+    assert kohya_flags(file)["proportion_empty_prompts"] == 0.1  # of the subject's pictures
     file.write_text("[datasets]\nresolution = 64\n")
     with pytest.raises(DataError, match=r"write \[\[datasets\]\]"):
         read_kohya(file)
@@ -210,6 +221,14 @@ def test_what_the_kohya_file_says_of_the_run_is_done(tmp_path, model, capsys):
     told = capsys.readouterr().out
     assert "4 steps of 2 pictures" in told  # the shell wins
     assert "   80 x 48 " in told
+    flags = {"dataset_config": tmp_path / "set.toml", "train_batch_size": 1}
+    file = train_lora(model, None, tmp_path / "one", **flags, resolution=32)
+    capsys.readouterr()
+    again = {"from": file, "pretrained_model_name_or_path": model, "dry_run": True}
+    start("train_lora", **again, dataset_config=tmp_path / "set.toml", output_dir=tmp_path / "two")
+    told = capsys.readouterr().out
+    assert "4 steps of 1 pictures" in told  # as the shell had said then
+    assert "   48 x 16 " in told
 
 
 def test_shuffled_tags_keep_the_first_ones_in_front():
@@ -316,6 +335,11 @@ BROKEN = {
         lambda f: draw_pictures(f.parent / "m", 1) and (f / "red.png").rename(f / "rot.png"),
         {"mask_data_dir": "../m"},
         "masks of no picture: red",
+    ),
+    "no masks": (
+        lambda f: (f.parent / "m").mkdir(),
+        {"mask_data_dir": "../m"},
+        "m has no masks",
     ),
     "listing": (
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}\n' * 2),
@@ -748,7 +772,7 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
     assert not (tmp_path / "class").exists()
     dreambooth(model, folder, tmp_path / "one", **prior)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert sorted(drawn) == ["0000.png", "0001.png", "0002.png", "prompt.txt"]
+    assert sorted(drawn) == ["0000.png", "0001.png", "0002.png", "drawn.json"]
     (tmp_path / "class" / "0001.png").unlink()  # as if it had been stopped
     dreambooth(model, folder, tmp_path / "two", **prior)
     assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
@@ -758,6 +782,10 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
     for dry in (True, False):
         with pytest.raises(DataError, match="holds pictures of 'dot'"):
             dreambooth(model, folder, tmp_path / "x", **other, dry_run=dry)
+    note = tmp_path / "class" / "drawn.json"
+    note.write_text(note.read_text().replace("unet/", "other/"))
+    with pytest.raises(DataError, match="class holds pictures drawn by another model"):
+        dreambooth(model, folder, tmp_path / "x", **prior)
     with pytest.raises(SystemExit):
         dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
     assert "--class_prompt and --class_data_dir" in capsys.readouterr().err
@@ -801,7 +829,6 @@ def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
         "checkpointing_steps": 3,
         "validation_steps": 1000,
         "proportion_empty_prompts": 0.3,
-        "resume_from_checkpoint": "latest",
     }
     whole = train_lora(model, folder, tmp_path / "whole" / "run", **settings)
     real = finetune.Task.loss
@@ -818,14 +845,15 @@ def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
     monkeypatch.setattr(finetune.Task, "loss", loss)
     killed: list[int] = []
     output = tmp_path / "killed" / "run"
+    again = {"resume_from_checkpoint": "latest"}
     while len(killed) < 40:
         kill_at = 1 + len(killed) % 2  # before the first or the second micro-batch
         calls.clear()
         with pytest.raises(Killed):
-            train_lora(model, folder, output, **settings)
+            train_lora(model, folder, output, **settings, **(again if killed else {}))
     assert killed == list(range(40))
     kill_at = 0
-    train_lora(model, folder, output, **settings)
+    train_lora(model, folder, output, **settings, **again)
     expected, found = load_file(whole), tensors(output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -855,6 +883,26 @@ def test_what_is_not_finite_stops_the_run_and_names_the_files(folder, model, tmp
     with pytest.raises(TrainingError, match=r"(?s)step 3 is nan.*\.png"):
         train_lora(model, folder, tmp_path / "out")
     assert (tmp_path / "out" / "checkpoint-2" / "result" / "out.safetensors").is_file()
+
+
+def test_a_black_sample_does_not_end_the_run(folder, model, tmp_path, monkeypatch, capsys):
+    def black(*_, **__):
+        raise DecodeError("the picture is black")
+
+    monkeypatch.setattr(LatentDiffusion, "generate", black)
+    flags = {"validation_prompts": ["a dot"], "validation_steps": 2}
+    assert train_lora(model, folder, tmp_path / "out", **flags).is_file()
+    assert "no sample pictures: the picture is black" in capsys.readouterr().out
+
+
+def test_a_full_disk_while_caching_is_told(folder, model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("latentgen.training.data.os.fsync", full)
+    with pytest.raises(TrainingError, match=r"cache/.* cannot be written: No space left"):
+        train_lora(model, folder, tmp_path / "out")
+    assert not list((tmp_path / "out" / "cache").iterdir())
 
 
 def test_gradient_checkpointing_and_precision(folder, model, tmp_path, monkeypatch, capsys):

@@ -730,6 +730,31 @@ def test_wrong_loras_are_refused_before_any_model(asked, told):
         Request(**asked)
 
 
+def test_loras_whose_files_are_called_alike_are_called_as_their_folders(tmp_path, pipe):
+    for name in ("ink", "wood"):
+        (tmp_path / name).mkdir()
+        write_lora(random_lora(len(name)), tmp_path / name / "pytorch_lora_weights.safetensors")
+    files = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("ink", "wood")]
+    assert [use.name for use in map(lorafolder.parse, files)] == ["ink", "wood"]
+    assert not near(draw(pipe, loras=files), draw(pipe, loras=files[:1]))
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_a_lora_of_changed_weights_is_refused(tmp_path, begun, layout):
+    path = write_lora(random_lora(parts=("unet",)), tmp_path / "x.safetensors", layout)
+    if layout == "peft":
+        settings = path / "unet" / "adapter_config.json"
+        settings.write_text(
+            json.dumps(json.loads(settings.read_text()) | {"init_lora_weights": begun})
+        )
+    else:
+        header = {"unet.lora_alpha": 2, "unet.init_lora_weights": begun}
+        save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(header)})
+    with pytest.raises(InvalidRequest, match=f"init_lora_weights='{begun}': such a LoRA belongs"):
+        read_lora(path)
+
+
 def test_a_name_found_nowhere_lists_those_there_are_and_names_stay_in_the_folder(pipe, home):
     write_lora(random_lora(), home / "ink.safetensors")
     write_lora(random_lora(), home.parent / "outside.safetensors")

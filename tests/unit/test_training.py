@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -404,10 +404,13 @@ def small_config(folder: Path, **changes) -> SmallConfig:
         "ema_decay": 0.9,
         "checkpointing_steps": 2,
         "validation_steps": 4,
-        "resume_from_checkpoint": "latest",
         "report_to": "none",
     }
     return SmallConfig(**(settings | changes))
+
+
+def going_on(config: SmallConfig) -> SmallConfig:
+    return replace(config, resume_from_checkpoint="latest")
 
 
 def small_model() -> nn.Module:
@@ -563,7 +566,7 @@ def test_muon_resumes_exactly(tmp_path):
 
     with pytest.raises(KeyError):
         whole_run(config, model(), loss=loss)
-    assert same_weights(whole_run(config, model()), whole)
+    assert same_weights(whole_run(going_on(config), model()), whole)
 
 
 def test_gradients_are_clipped_to_the_length_asked_for(tmp_path):
@@ -610,10 +613,10 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, what):
         whole_run(config, model, loss=loss)
     rows = batch_rows(config.seed, 5, 4, 5).tolist()
     assert all(f"{row}.png" in str(raised.value) for row in rows)
-    good = resolve_checkpoint(config)
+    good = resolve_checkpoint(going_on(config))
     assert good.name == "checkpoint-4"
     whole = whole_run(small_config(tmp_path / "other"))
-    assert same_weights(whole_run(config), whole)  # the next run goes on from it
+    assert same_weights(whole_run(going_on(config)), whole)  # the next run goes on from it
 
 
 def test_what_is_not_finite_names_what_its_micro_batch_saw(tmp_path):
@@ -648,7 +651,7 @@ def test_what_goes_wrong_while_measuring_loses_no_step(tmp_path):
 
     with pytest.raises(KeyError):
         whole_run(config, validate=fails_after_the_first)
-    assert resolve_checkpoint(config).name == "checkpoint-4"
+    assert resolve_checkpoint(going_on(config)).name == "checkpoint-4"
 
 
 # Checkpoints.
@@ -667,7 +670,7 @@ def test_four_steps_equal_two_and_two_more_in_a_new_process(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")])
     assert killed.returncode == -signal.SIGKILL
-    config = small_config(tmp_path / "killed")
+    config = going_on(small_config(tmp_path / "killed"))
     assert resolve_checkpoint(config).name == "checkpoint-4"
     model = small_model()
     with torch.no_grad():
@@ -691,10 +694,10 @@ def test_being_asked_to_stop_writes_a_checkpoint_first(tmp_path):
     with pytest.raises(SystemExit) as ended:
         whole_run(config, loss=loss)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert resolve_checkpoint(config).name == "checkpoint-3"
+    assert resolve_checkpoint(going_on(config)).name == "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     whole = whole_run(small_config(tmp_path / "whole", checkpointing_steps=100))
-    assert same_weights(whole_run(config), whole)
+    assert same_weights(whole_run(going_on(config)), whole)
 
 
 def test_checkpoints_are_whole_counted_and_free_of_pickles(tmp_path):
@@ -737,7 +740,8 @@ def test_killed_two_hundred_times_while_saving_the_last_checkpoint_loads(tmp_pat
                     weight.data.fill_(state.step)
                 save_checkpoint(state, config, accelerator, "data")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        if (latest := resolve_checkpoint(config)) is not None:
+        if checkpoints(config.output_dir):
+            latest = resolve_checkpoint(going_on(config))
             load_checkpoint(state, latest, config, accelerator, "data")
             assert latest.name == f"checkpoint-{state.step}"
             assert all((weight == state.step).all() for weight in state.weights.values())
@@ -758,33 +762,62 @@ def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_flush", fills_up)
     with pytest.raises(TrainingError, match=r"checkpoint-4 .*No space left.*is .*checkpoint-2"):
         whole_run(config)
-    assert [path.name for path in config.output_dir.iterdir() if path.is_dir()] == ["checkpoint-2"]
+    names = sorted(path.name for path in config.output_dir.iterdir() if path.is_dir())
+    assert names == ["checkpoint-0", "checkpoint-2"]
     monkeypatch.undo()
-    assert same_weights(whole_run(config), whole_run(small_config(tmp_path / "whole")))
+    again, whole = going_on(config), small_config(tmp_path / "whole")
+    assert same_weights(whole_run(again), whole_run(whole))
 
 
 def test_a_run_never_starts_over_the_checkpoints_of_another(tmp_path):
     whole_run(small_config(tmp_path))
     with pytest.raises(TrainingError, match="--resume_from_checkpoint latest"):
-        whole_run(small_config(tmp_path, resume_from_checkpoint=None))
+        whole_run(small_config(tmp_path))
 
 
-def test_the_best_of_an_earlier_run_is_no_bar_for_another(tmp_path, capsys):
+def test_without_a_checkpoint_nothing_goes_on(tmp_path):
+    begun = small_config(tmp_path)
+    with pytest.raises(TrainingError, match="has no checkpoint; a run begins without this flag"):
+        whole_run(going_on(begun))
+    assert not begun.output_dir.exists()
+
+    def breaks(model, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
+        whole_run(begun, loss=breaks)
+    with pytest.raises(TrainingError, match="learning_rate was"):
+        whole_run(going_on(small_config(tmp_path, learning_rate=1.0)))
+    whole = whole_run(small_config(tmp_path / "whole"))
+    assert same_weights(whole_run(going_on(begun)), whole)
+
+
+def test_a_run_that_came_to_nothing_may_begin_again_with_other_settings(tmp_path):
+    def breaks(model, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        whole_run(small_config(tmp_path), loss=breaks)
+    whole_run(small_config(tmp_path, learning_rate=1.0, max_train_steps=2))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-0", "checkpoint-2"]
+
+
+def test_the_best_of_an_earlier_run_is_no_bar_for_another(tmp_path):
     """It is gone on from while there is no other checkpoint, and never measured against."""
 
     def validate(model):
         return {"held_out_loss": 1.0}, None
 
     whole_run(small_config(tmp_path), validate=validate)
-    assert "run: a new run begins" in capsys.readouterr().out
     for file in checkpoints(tmp_path / "run"):
         file.rename(tmp_path / file.name)
-    assert resolve_checkpoint(small_config(tmp_path)).name == "checkpoint-best-4"
+    again = going_on(small_config(tmp_path))
+    assert resolve_checkpoint(again).name == "checkpoint-best-4"
     with pytest.raises(TrainingError, match="has checkpoint-best-4: go on"):
-        resolve_checkpoint(small_config(tmp_path, resume_from_checkpoint=None))
+        resolve_checkpoint(small_config(tmp_path))
     with pytest.raises(TrainingError, match="learning_rate was"):
-        whole_run(small_config(tmp_path, learning_rate=1.0), validate=validate)
-    model = whole_run(small_config(tmp_path), validate=validate)
+        whole_run(replace(again, learning_rate=1.0), validate=validate)
+    model = whole_run(again, validate=validate)
     assert same_weights(model, whole_run(small_config(tmp_path / "whole"), validate=validate))
 
 
@@ -820,10 +853,10 @@ def test_a_missing_or_damaged_checkpoint_is_an_error_never_a_fresh_start(tmp_pat
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(TrainingError, match=r"checkpoint-8 is damaged: model\.safetensors"):
-        whole_run(config)
+        whole_run(going_on(config))
     (config.output_dir / "checkpoint-8" / "state.json").write_text("{")
     with pytest.raises(TrainingError, match="damaged"):
-        whole_run(config)
+        whole_run(going_on(config))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 1.0}, {"max_train_steps": 9}])
@@ -831,7 +864,7 @@ def test_another_run_cannot_go_on_from_a_checkpoint(tmp_path, change):
     whole_run(small_config(tmp_path))
     (name,) = change
     with pytest.raises(TrainingError, match=f"{name} was"):
-        whole_run(small_config(tmp_path, **change))
+        whole_run(going_on(small_config(tmp_path, **change)))
 
 
 def test_intervals_may_change_and_validation_sees_the_average(tmp_path):
@@ -855,7 +888,7 @@ def test_intervals_may_change_and_validation_sees_the_average(tmp_path):
     assert samples == ["step-000000.png", "step-000004.png", "step-000008.png"]
     assert json.loads((config.output_dir / "training_config.json").read_text())["seed"] == 0
     assert list((config.output_dir / "logs").rglob("events.*"))
-    whole_run(small_config(tmp_path, validation_steps=3, checkpointing_steps=5))
+    whole_run(going_on(small_config(tmp_path, validation_steps=3, checkpointing_steps=5)))
 
 
 @pytest.fixture(scope="module")
