@@ -147,7 +147,7 @@ def read_lora(file: str | Path) -> Lora:
             if own is not None:
                 configs[part] = own
     for config in configs.values():
-        _check_plain(config)
+        _check_plain(path, config)
 
     layers: dict[str, dict[str, Layer]] = {part: {} for part in _PARTS}
     for (part, module), roles in tensors.items():
@@ -193,16 +193,17 @@ def _configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         raise InvalidRequest("loras", _ADAPTER_METADATA, hint) from error
 
 
-def _check_plain(config: Mapping[str, Any]) -> None:
+def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a LoRA of which PEFT's configuration says that the model's own weights were changed
     before it learnt (PiSSA, OLoRA, CorDA and others): its tensors alone have another effect."""
     begun = config.get("init_lora_weights", True)
     if isinstance(begun, str) and begun.lower() not in {"gaussian", "orthogonal", "eva", "mica"}:
         hint = (
-            "such a LoRA belongs to changed weights of its model; save it as a plain one, with "
+            f"init_lora_weights is {begun!r}: such a LoRA belongs to changed weights of its "
+            "model; save it as a plain one, with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-        raise InvalidRequest("init_lora_weights", begun, hint)
+        raise InvalidRequest("loras", str(path), hint)
 
 
 def _own_config(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -44,7 +44,8 @@ class LoraUse:
     """One LoRA in one request.
 
     Attributes:
-        name: what prompts and metadata call it; a file's is its name without the ending.
+        name: what prompts and metadata call it; a file's is its name without the ending
+            (or its folder's, where that is `pytorch_lora_weights` or `adapter_model`).
         weight: how strongly to apply its U-Net part; 1 as trained, 0 not at all; -100 to 100.
         text_encoder_weight: the same for its text encoder part; None: the same as `weight`.
         path: its file, or its folder in the PEFT layout; None: to be found by its name.
@@ -173,7 +174,9 @@ def folder() -> Path:
 def _name_of(path: Path) -> str:
     """What a LoRA is called: as its file, or as its folder where programs call all files alike."""
     if path.stem in ("pytorch_lora_weights", "adapter_model"):
-        return path.absolute().parent.name
+        above = [one for one in path.resolve().parents if one.name not in ("unet", "text_encoder")]
+        if above[0].name and above[0] != folder().resolve():
+            return above[0].name
     return path.stem if path.suffix == ".safetensors" else path.name
 
 

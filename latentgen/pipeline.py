@@ -290,7 +290,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 name of a file in the folder of LoRAs.
             weight: of its U-Net part; a request that names the LoRA may choose others.
             text_encoder_weight: of its text encoder part; None: the same.
-            name: what requests call it; None: as the file, without its ending.
+            name: what requests call it; None: as the file, see `LoraUse`.
 
         Returns:
             The name.

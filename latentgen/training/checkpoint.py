@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from latentgen.errors import TrainingError
 from latentgen.training.config import FREE_TO_CHANGE, RunConfig, as_json
+from latentgen.training.data import tensors_key
 from latentgen.training.loop import TrainState, averaged, put_weights
 
 PREFIX = "checkpoint-"
@@ -39,7 +40,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>`, then drop all but the newest. With `best`, a held-out loss that no
     step before reached, write `checkpoint-best-<step>`, then drop the best before. That of step 0
-    holds no weights, which come from the model and the seed: it says that the run has begun.
+    holds no weights, only their hash, for they come from the model and the seed: it says that the
+    run has begun.
 
     `data` is the data's fingerprint; `export` puts the result so far (of the averaged weights),
     ready for use, into the checkpoint's folder `result`.
@@ -108,6 +110,7 @@ def _write(
         "config": as_json(config),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "sha256": hashes,
+        "began_with": tensors_key(state.weights) if state.step == 0 else None,
     }
     (folder / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in [*folder.rglob("*"), folder]:
@@ -190,6 +193,8 @@ def load_checkpoint(
         )
     state.step = facts["step"]
     if state.step == 0:
+        if facts["began_with"] != tensors_key(state.weights):
+            raise TrainingError(f"{checkpoint}: the run began with other weights than these")
         return
     put_weights(state, load_file(checkpoint / "model.safetensors"))
     for name, value in load_file(checkpoint / "ema.safetensors").items():

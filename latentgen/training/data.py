@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -96,10 +96,17 @@ def cached(output_dir: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
 
 def weights_key(model: nn.Module) -> str:
     """A hash of all of a model's weights."""
+    return tensors_key(model.state_dict())
+
+
+def tensors_key(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors and their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

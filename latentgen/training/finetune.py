@@ -26,8 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from latentgen.errors import DecodeError, TrainingError
 from latentgen.images import contact_sheet
 from latentgen.modelfolder import Model, read_json
-from latentgen.outputs import write_file
-from latentgen.pipeline import LatentDiffusion
+from latentgen.pipeline import LatentDiffusion, quietly
 from latentgen.training.buckets import Size
 from latentgen.training.config import say, to_repeat, versions
 from latentgen.training.data import Batch, cached, pixel_batches, step_generator
@@ -136,8 +135,10 @@ def fine_tune(
         prior.check_model(found.hashes())
         missing = prior.missing()
         accelerator.wait_for_everyone()  # each process has looked before any draws
-        share = missing[accelerator.process_index :: accelerator.num_processes]
-        draw_class(pipe, prior, found.hashes(), share)
+        if missing and accelerator.is_main_process:
+            prior.write_note(found.hashes())
+        accelerator.wait_for_everyone()
+        draw_class(pipe, prior, missing[accelerator.process_index :: accelerator.num_processes])
         accelerator.wait_for_everyone()
         lesson = Lesson(config, found, tokenizer, pictures, unseen)
         lesson.add_class(prior.pictures())
@@ -182,12 +183,9 @@ def count_steps(config: FineTuneConfig, lesson: Lesson) -> None:
         config.num_train_epochs = None
 
 
-def draw_class(pipe: LatentDiffusion, prior: Prior, model: list[str], files: list[Path]) -> None:
-    """Draw pictures of the class with the model of these hashes. Picture i is drawn from seed i, so
-    that a run which was stopped goes on with the same ones, by however many processes."""
-    if files:
-        note = {"prompt": prior.prompt, "model": model}
-        write_file(prior.note, json.dumps(note, indent=2).encode() + b"\n")
+def draw_class(pipe: LatentDiffusion, prior: Prior, files: list[Path]) -> None:
+    """Draw pictures of the class. Picture i is drawn from seed i, so that a run which was stopped
+    goes on with the same ones, by however many processes."""
     for file in files:
         partial = file.with_suffix(".partial")
         pipe.generate(prior.prompt, seed=int(file.stem)).image.save(partial, "PNG")
@@ -399,7 +397,7 @@ def _without_memory(
     that only encode and decode."""
     vae_config = read_json(_folder(found) / "vae" / "config.json")
     with torch.device("meta"):
-        vae = getattr(diffusers, vae_config["_class_name"]).from_config(vae_config)
+        vae = quietly(getattr(diffusers, vae_config["_class_name"]).from_config, vae_config)
         unet = UNet2DConditionModel.from_config(unet_config(found))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(_folder(found) / "text_encoder"))
         if config.gradient_checkpointing:

@@ -4,6 +4,7 @@ All of it happens before any weights are read; of the model it knows its configu
 tokenizer.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -19,6 +20,7 @@ from latentgen import modelfolder
 from latentgen.errors import DataError, TrainingError
 from latentgen.images import picture_files
 from latentgen.modelfolder import Model
+from latentgen.outputs import write_file
 from latentgen.training.buckets import Size, bucket_of, bucket_sizes
 from latentgen.training.config import RunConfig, at_least, flag, needs
 from latentgen.training.pictures import (
@@ -174,7 +176,13 @@ class Prior:
             )
 
     def _drawn(self, fact: str) -> Any:
-        return modelfolder.read_json(self.note).get(fact) if self.note.exists() else None
+        there = self.note.exists() and picture_files(self.folder)
+        return modelfolder.read_json(self.note).get(fact) if there else None
+
+    def write_note(self, hashes: list[str]) -> None:
+        """Say what pictures are about to be drawn of, and by the model of which hashes."""
+        note = {"prompt": self.prompt, "model": hashes}
+        write_file(self.note, json.dumps(note, indent=2).encode() + b"\n")
 
     def missing(self) -> list[Path]:
         """The files that are to be drawn, named by their seeds."""

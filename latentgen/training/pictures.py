@@ -425,7 +425,7 @@ def _check_type(file: Path, key: str, value: Any) -> None:
     elif key == "caption_dropout_rate":
         right, needed = type(value) in (int, float), "a number"
     elif key == "caption_extension":
-        right = isinstance(value, str) and re.fullmatch(r"\.[^./\\]+", value) is not None
+        right = isinstance(value, str) and re.fullmatch(r"\.[^/\\]*[^./\\]", value) is not None
         needed = 'an ending such as ".txt"'
     else:
         right, needed = isinstance(value, str), "a text"

@@ -218,7 +218,7 @@ def main(train_model: Callable[[], None]) -> None:
     """Call a script's `train_model` and end with a plain message for what went wrong on purpose."""
     try:
         train_model()
-    except LatentgenError as error:
+    except (LatentgenError, OSError) as error:  # a full disk, most of the time
         sys.exit(f"{type(error).__name__}: {error}")
 
 

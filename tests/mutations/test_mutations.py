@@ -355,6 +355,22 @@ TABLE = [
              TRAINING + "test_killed_two_hundred"),
     Mutation("a picture may be held out and trained on", "training/lesson", "seen=self._seen,", "",
              TUNING + "test_what_is_wrong"),
+    Mutation("a resume that finds no checkpoint begins", "training/checkpoint",
+             'if not (chosen / "state.json").is_file():', "if False:",
+             TRAINING + "test_without_a_checkpoint_nothing_goes_on"),
+    Mutation("a resume from the beginning asks nothing", "training/checkpoint",
+             "if now.get(name) != then.get(name) and name not in FREE_TO_CHANGE",
+             "if now.get(name) != then.get(name) and name not in FREE_TO_CHANGE and facts['step']",
+             TRAINING + "test_without_a_checkpoint_nothing_goes_on"),
+    Mutation("class pictures of another model are taken", "training/lesson",
+             'if self._drawn("model") not in (None, hashes):', "if False:",
+             TUNING + "test_dreambooth_draws_its_class_once"),
+    Mutation("a repeated run reads kohya's flags again", "training/config",
+             " and files.repeat is None:", ":",
+             TUNING + "test_what_the_kohya_file_says_of_the_run_is_done"),
+    Mutation("a LoRA of changed weights is taken for a plain one", "lora",
+             "        _check_plain(path, config)", "        pass",
+             LORA + "test_a_lora_of_changed_weights_is_refused"),
 ]  # fmt: skip
 
 

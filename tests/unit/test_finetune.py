@@ -192,6 +192,7 @@ def test_a_kohya_file_is_read_whole(tmp_path):
         ("image_dir = 'things'\nflip_aug = 'yes'", "flip_aug must be true or false"),
         ("image_dir = 'things'\ncaption_dropout_rate = '0.1'", "must be a number"),
         ("image_dir = 'things'\ncaption_extension = 'txt'", r'must be an ending such as "\.txt"'),
+        ("image_dir = 'others'\ncaption_extension = '.a.b'\nflip_aug = 3", "flip_aug must"),
         ("image_dir = 'nested'", r"no picture lies in .*nested itself; folders in it are not read"),
         ("image_dir = 'nested'\nis_reg = true", "no picture lies in"),
         ("image_dir = 'things'\nis_reg = true\ncaption_dropout_rate = 0.1", "keep their captions"),
@@ -786,6 +787,10 @@ def test_dreambooth_draws_its_class_once(folder, model, tmp_path, capsys):
     note.write_text(note.read_text().replace("unet/", "other/"))
     with pytest.raises(DataError, match="class holds pictures drawn by another model"):
         dreambooth(model, folder, tmp_path / "x", **prior)
+    for file in (tmp_path / "class").glob("*.png"):
+        file.unlink()
+    dreambooth(model, folder, tmp_path / "three", **prior)  # they are drawn again
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
     with pytest.raises(SystemExit):
         dreambooth(model, folder, tmp_path / "x", with_prior_preservation=True)
     assert "--class_prompt and --class_data_dir" in capsys.readouterr().err

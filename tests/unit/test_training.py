@@ -788,6 +788,10 @@ def test_without_a_checkpoint_nothing_goes_on(tmp_path):
         whole_run(begun, loss=breaks)
     with pytest.raises(TrainingError, match="learning_rate was"):
         whole_run(going_on(small_config(tmp_path, learning_rate=1.0)))
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(TrainingError, match="began with other weights"):
+        whole_run(going_on(begun), other)
     whole = whole_run(small_config(tmp_path / "whole"))
     assert same_weights(whole_run(going_on(begun)), whole)
 
