@@ -139,8 +139,8 @@ def resolve_checkpoint(config: RunConfig) -> Path | None:
     Raises TrainingError when there is no such checkpoint, and when a run would start where weights
     of another already are.
     """
-    begun = [config.output_dir / f"{PREFIX}0"]
-    found = [path for path in checkpoints(config.output_dir) if path not in begun]
+    begun = config.output_dir / f"{PREFIX}0"
+    found = [path for path in checkpoints(config.output_dir) if path != begun]
     found = found or checkpoints(config.output_dir, BEST)
     wanted = config.resume_from_checkpoint
     if wanted is None:
@@ -151,16 +151,13 @@ def resolve_checkpoint(config: RunConfig) -> Path | None:
             "latest, or name another --output_dir"
         )
     inside = config.output_dir / wanted
-    chosen = (
-        (found or begun)[-1] if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
-    )
+    chosen = inside if inside.is_dir() else Path(wanted)
+    told = f"{chosen} is no checkpoint"
+    if wanted == "latest":
+        chosen = (found or [begun])[-1]
+        told = f"{config.output_dir} has no checkpoint; a run begins without this flag"
     if not (chosen / "state.json").is_file():
-        if wanted == "latest":
-            raise TrainingError(
-                f"resume_from_checkpoint: {config.output_dir} has no checkpoint; a run begins "
-                "without this flag"
-            )
-        raise TrainingError(f"resume_from_checkpoint: {chosen} is no checkpoint")
+        raise TrainingError(f"resume_from_checkpoint: {told}")
     return chosen
 
 
