@@ -6,10 +6,9 @@ at once. Exit status: 0 done, 1 the drawing failed, 2 the request was wrong, 130
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from inspect import Signature, signature
@@ -22,7 +21,7 @@ from . import __version__
 from .errors import InvalidRequest, LatentgenError
 from .home import home
 from .modelfolder import DEFAULT_MODEL, Model
-from .outputs import check_file, check_folder
+from .outputs import check_file, check_folder, in_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +55,10 @@ def _start(
 
 # The flags, once; the commands below choose from them.
 Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
+PromptFile = Annotated[
+    Path,
+    typer.Argument(help="A prompt set: YAML, or .txt with a prompt a line.", show_default=False),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -86,6 +89,9 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 = off.")]
 Scheduler = Annotated[str | None, typer.Option(help="See `latentgen schedulers`.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same picture.")]
+SetSeed = Annotated[
+    int | None, typer.Option("--seed", help="Of the first picture.", show_default="the set's, or 0")
+]
 Count = Annotated[int, typer.Option("--num-images", "-n", help="How many pictures.")]
 Height = Annotated[int | None, typer.Option(help="In pixels.")]
 Width = Annotated[int | None, typer.Option(help="In pixels.")]
@@ -267,17 +273,76 @@ def replay(
 
 
 @app.command()
+def batch(
+    prompts: PromptFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("pictures"),
+    model: ModelName = DEFAULT_MODEL,
+    num_images: Annotated[
+        int | None,
+        typer.Option("--num-images", "-n", help="A prompt.", show_default="the set's, or 1"),
+    ] = None,
+    seed: SetSeed = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    lora: Loras = None,
+    embedding: Embeddings = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=64, help="Pictures of alike prompts drawn at once.")
+    ] = 1,
+    format: Annotated[str, typer.Option(help="png, jpg, webp or avif.")] = "png",
+    quality: Quality = 95,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Draw over pictures that came from elsewhere.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+) -> None:
+    """Draw every prompt of a file; started again, it goes on where it was stopped."""
+    there, total = 0, 0
+    try:
+        with _reporting("what is drawn stays; the same command goes on"):
+            from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            from . import modelfolder
+            from .batch import draw, plan
+            from .promptfile import read_prompts
+
+            flags: dict[str, Any] = {"scheduler": scheduler, "guidance_scale": guidance_scale}
+            flags |= {"num_inference_steps": steps, "loras": lora or None}
+            flags |= {"num_images": num_images}
+            settings = {name: value for name, value in flags.items() if value is not None}
+            found, ending = modelfolder.find(model), f".{format.removeprefix('.')}"
+            tasks = plan(read_prompts(prompts), found, output, ending, seed, **settings)
+            console = _console()
+            with console.status("loading the model"):
+                requests = [task.request for task in tasks]
+                pipe = _load(model, device, dtype, attention, embedding, requests)
+                waiting = [task for task in tasks if not task.is_done(pipe, overwrite)]
+            total = sum(len(task.files) for task in tasks)
+            there = total - sum(len(task.files) for task in waiting)
+            columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
+            with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+                bar = progress.add_task("drawing", completed=there, total=total)
+                for files in draw(pipe, waiting, batch_size, quality):
+                    there += len(files)
+                    progress.update(bar, completed=there)
+    finally:
+        if total:
+            typer.echo(f"{output}: {there} of {total} pictures")
+
+
+@app.command()
 def evaluate(
-    prompts: Annotated[Path, typer.Argument(help="A prompt set (YAML).", show_default=False)],
+    prompts: PromptFile,
     model: ModelName = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("evaluation"),
     num_images: Annotated[
         int | None,
         typer.Option("--num-images", "-n", min=1, help="A prompt.", show_default="the set's, or 1"),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first picture.", show_default="the set's, or 0")
-    ] = None,
+    seed: SetSeed = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
@@ -311,8 +376,7 @@ def evaluate(
         found = modelfolder.find(model)
         if num_images is not None:
             settings["num_images"] = num_images
-        for entry in wanted.entries:
-            Request(**(entry | settings)).resolve(found)
+        requests = [Request(**(entry | settings)).resolve(found) for entry in wanted.entries]
         own = found.path if found.path is not None and found.path.is_dir() else None
         judge_folder = clip if clip is not None else own
         brings_one = own is not None and (own / "image_encoder").is_dir()
@@ -344,10 +408,9 @@ def evaluate(
             from .evaluate import Evaluation, Judge, measure
             from .evaluate import evaluate as run_evaluation
             from .images import read_pictures
-            from .pipeline import LatentDiffusion
 
             for file in embedding or ():
-                read_embedding(file)  # refused before a model is read
+                read_embedding(file)  # refused before the judge is read
             real = read_pictures(real_dir, "real_dir") if real_dir is not None else None
             judge = Judge(judge_folder)
         if images is not None:
@@ -356,9 +419,8 @@ def evaluate(
             facts = {"images": str(images), "prompts": wanted.name, "clip": judge.name}
             evaluation = Evaluation(metrics, facts, pictures, wanted.prompts)
         else:
-            pipe = LatentDiffusion.from_pretrained(model, device, dtype, attention)
-            for file in embedding or ():
-                pipe.load_embedding(file)
+            with console.status("loading the model"):
+                pipe = _load(model, device, dtype, attention, embedding, requests)
             with Progress(console=console, transient=True) as progress:
                 task = progress.add_task("drawing", total=None)
                 evaluation = run_evaluation(
@@ -618,20 +680,7 @@ def _finish(
         request = request.resolve(found)
     console = _console()
     with console.status("loading the model"):
-        from latentgen import LatentDiffusion
-
-        from .embeddings import read_embedding, said
-
-        for file in embeddings or ():
-            read_embedding(file)  # refused before the model is read
-        pipe: LatentDiffusion = LatentDiffusion.from_pretrained(
-            model, device, dtype, attention, config=config
-        )
-        for file in embeddings or ():
-            token = pipe.load_embedding(file)
-            texts = [*request.prompt, *(request.negative_prompt or ())]
-            if not any(map(said(token).search, texts)):
-                warnings.warn(f"{file} is called {token!r}, which no prompt says", stacklevel=1)
+        pipe = _load(model, device, dtype, attention, embeddings, [request], config)
     columns = (
         TextColumn("drawing"),
         BarColumn(),
@@ -648,9 +697,40 @@ def _finish(
     return step.result
 
 
+def _load(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
+    embeddings: list[Path] | None,
+    requests: Sequence[Request],
+    config: Path | None = None,
+) -> LatentDiffusion:
+    """The model with its textual inversions, which some request should say."""
+    from .embeddings import read_embedding, said
+    from .pipeline import LatentDiffusion
+
+    for file in embeddings or ():
+        read_embedding(file)  # refused before the model is read
+    pipe: LatentDiffusion = LatentDiffusion.from_pretrained(
+        model, device, dtype, attention, config=config
+    )
+    texts = [text for one in requests for text in (*one.prompt, *(one.negative_prompt or ()))]
+    for file in embeddings or ():
+        token = pipe.load_embedding(file)
+        if not any(map(said(token).search, texts)):
+            warnings.warn(f"{file} is called {token!r}, which no prompt says", stacklevel=1)
+    return pipe
+
+
 @contextmanager
-def _reporting(**flags: str) -> Iterator[None]:
-    """Turn errors into one line and an exit status. `flags`: what a command calls a field."""
+def _reporting(interrupted: str = "nothing was written", **flags: str) -> Iterator[None]:
+    """Turn errors into one line and an exit status.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+        flags: what a command calls a field.
+    """
     try:
         yield
     except LatentgenError as error:
@@ -670,7 +750,7 @@ def _reporting(**flags: str) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo(f"interrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -697,8 +777,7 @@ def _sheet_name(path: Path) -> Path:
 
 
 def _default_name(result: Result) -> Path:
-    words = re.sub(r"[^a-z0-9]+", "-", result.request.prompt[0].lower()).strip("-")[:40]
-    return Path(f"{words or 'picture'}-{result.seeds[0]}.png")
+    return Path(f"{in_name(result.request.prompt[0])}-{result.seeds[0]}.png")
 
 
 def _write_gif(path: Path, frames: list[Any], result: Result) -> None:

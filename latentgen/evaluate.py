@@ -141,7 +141,7 @@ def evaluate(
     Args:
         real: pictures that the drawn ones should be like, for `kid`.
         num_images: of each prompt; None: what the prompt set says, or 1.
-        seed: picture i of the set has the seed `seed + i`; None: what the prompt set says, or 0.
+        seed: picture i of the set has the seed `seed + i`; None: what the prompt set says.
         on_picture: called with the number of pictures drawn and of all.
         settings: fields of a request that win over those of the prompt set.
     """
@@ -151,9 +151,9 @@ def evaluate(
     images: list[Image.Image] = []
     total = len(prompts.entries) * each
     seconds = 0.0
-    for entry in prompts.entries:
-        first = entry.get("seed") if seed is None else seed
-        own = entry | settings | {"num_images": each, "seed": (first or 0) + len(images)}
+    seeds = prompts.seeds([each] * len(prompts.entries), seed)
+    for entry, first in zip(prompts.entries, seeds, strict=True):
+        own = entry | settings | {"num_images": each, "seed": first}
         started = time.perf_counter()
         images += pipe.generate(**own).images
         seconds += time.perf_counter() - started
@@ -168,7 +168,7 @@ def evaluate(
         "prompts": prompts.name,
         "num_prompts": len(prompts.entries),
         "num_images": each,
-        "seed": one.get("seed", 0) if seed is None else seed,
+        "seed": seeds[0],
         "clip": judge.name,
         "num_real": len(real) if real is not None else None,
         **settings,

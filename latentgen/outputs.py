@@ -1,15 +1,16 @@
-"""Whether a file or folder can be written, known before time is spent on what goes into it; and
-files that are there whole or not at all."""
+"""Whether a file or folder can be written, known before time is spent on what goes into it; names
+for pictures; and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from .errors import InvalidRequest
 
-__all__ = ["check_file", "check_folder", "write_file"]
+__all__ = ["check_file", "check_folder", "in_name", "write_file"]
 
 
 def check_file(path: Path, field: str = "output") -> None:
@@ -64,6 +65,11 @@ def write_file(file: Path, data: bytes) -> None:
         folder = os.open(file.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def in_name(text: str) -> str:
+    """The words of a prompt as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def _refused(path: Path, field: str, error: OSError) -> InvalidRequest:

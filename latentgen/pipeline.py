@@ -429,7 +429,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         for request in requests:
             last = first + len(request.seeds)
             settings = {k: v for k, v in result.settings.items() if k != "embeddings"}
-            settings |= self._embeddings_in(request)
+            settings |= self.embeddings_in(request)
             parts.append(
                 replace(
                     result,
@@ -497,7 +497,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                     "device": self._execution_device.type,
                     "dtype": str(self.unet.dtype).removeprefix("torch."),
                     "attention": self.attention,
-                    **self._embeddings_in(request),
+                    **self.embeddings_in(request),
                 }
                 result = Result(finished, request.seeds, request, self.model, settings, seconds)
                 self.maybe_free_model_hooks()
@@ -543,7 +543,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             text = re.sub(pattern, lambda found: emphasis.escaped(found[0]), text)
         return text
 
-    def _embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:
+    def embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:
         """The textual inversions that the prompts call, as the WebUI writes them."""
         texts = [*request.prompt, *(request.negative_prompt or ())]
         called = {

@@ -5,11 +5,13 @@
       - a red apple
       - {prompt: a rocket, negative_prompt: smoke}  # fields of a request, for this one
 
-It does not know what is done with them.
+Or a .txt file with a prompt a line. Picture i of a set has the seed `settings.seed + i`; a prompt
+with a seed of its own begins there. It does not know what is done with them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,30 @@ _FIELDS = {field.name for field in fields(Request)} - _PICTURES - {"output_type"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """`entries`: one a prompt, each a dictionary of `Request` fields."""
+    """`entries`: one a prompt, each a dictionary of `Request` fields. `seed`: of all of them."""
 
     name: str
     entries: tuple[dict[str, Any], ...]
+    seed: int = 0
 
     @property
     def prompts(self) -> list[str]:
         return [entry["prompt"] for entry in self.entries]
+
+    def seeds(self, counts: Sequence[int], seed: int | None = None) -> list[int]:
+        """The first seed of each prompt.
+
+        Args:
+            counts: how many pictures each gets.
+            seed: of the first picture of all; None: what the set says.
+        """
+        first = seed if seed is not None else self.seed
+        before = [sum(counts[:i]) for i in range(len(counts))]
+        own = [None if seed is not None else entry.get("seed") for entry in self.entries]
+        return [
+            mine if mine is not None else first + passed
+            for mine, passed in zip(own, before, strict=True)
+        ]
 
 
 def read_prompts(file: str | Path) -> PromptSet:
@@ -45,20 +63,26 @@ def read_prompts(file: str | Path) -> PromptSet:
     """
     path = Path(file)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".txt":
+            content: Any = {"prompts": [line.strip() for line in text.splitlines() if line.strip()]}
+        else:
+            content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise InvalidRequest("prompts", path, "no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InvalidRequest("prompts", path, f"it is not readable as YAML: {reason}") from error
+        raise InvalidRequest("prompts", path, f"it is not readable: {reason}") from error
     known = {"settings", "prompts"}
     if not isinstance(content, dict) or not content.keys() <= known or not content.get("prompts"):
         raise InvalidRequest("prompts", path, "it needs a list `prompts`, and may have `settings`")
     if not isinstance(content["prompts"], list):
         raise InvalidRequest("prompts", path, "`prompts` must be a list")
     shared = _settings(content.get("settings") or {}, path)
+    seed = shared.pop("seed", None)
+    Request(prompt="any", seed=seed)  # refused here, if it is none
     entries = [shared | _entry(entry, path) for entry in content["prompts"]]
-    return PromptSet(path.stem, tuple(entries))
+    return PromptSet(path.stem, tuple(entries), seed if seed is not None else 0)
 
 
 def _entry(entry: Any, path: Path) -> dict[str, Any]:

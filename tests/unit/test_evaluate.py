@@ -147,7 +147,8 @@ def test_prompt_sets_are_read_with_their_settings(tmp_path):
         ("prompts: [7]", "a prompt is a text"),
         ("prompts: [{prompt: a, steps: 3}]", "steps=3.*num_inference_steps"),
         ("settings: {image: a.png}\nprompts: [a]", "image"),
-        ("prompts: [a", "not readable as YAML"),
+        ("prompts: [a", "not readable"),
+        ("settings: {seed: -1}\nprompts: [a]", "seed=-1"),
     ],
 )
 def test_a_wrong_prompt_set_says_what_would_work(tmp_path, content, told):
