@@ -334,6 +334,78 @@ def batch(
 
 
 @app.command()
+def bench(
+    model: ModelName = DEFAULT_MODEL,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings to compare, like steps=10,dtype=bfloat16; several.",
+            metavar="NAME=VALUE[,...]",
+            show_default="four usual ones",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure each.")] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write a .json.", show_default="none"),
+    ] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    num_images: Count = 1,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+) -> None:
+    """Measure time and memory on this machine, with different settings side by side."""
+    with _reporting():
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from . import modelfolder
+        from .bench import compare as measure
+        from .bench import read_settings, report
+
+        if output is not None:
+            check_file(output)
+        found = modelfolder.find(model)
+        asked: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+        asked |= {"scheduler": scheduler, "num_images": num_images}
+        asked |= {"height": height, "width": width}
+        asked |= {"device": device, "dtype": dtype, "attention": attention}
+        shared = {name: value for name, value in asked.items() if value is not None}
+        usual = ("steps=10", "num_images=4", "guidance_scale=1", "attention=sliced")
+        texts = ("", *(usual if compare is None else compare))
+        rows = [read_settings(text, found, shared) for text in texts]
+        console = _console()
+        with console.status("measuring") as status:
+            for number, row in measure(rows, model, shared, rounds):
+                status.update(f"round {number + 1} of {rounds}: {row.name}")
+        for row in rows:
+            if row.error is not None:
+                typer.echo(f"{row.name}: {row.error}", err=True)
+        facts = report(rows, model, shared)
+        if output is not None:
+            output.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        if rows[0].error is not None:
+            raise typer.Exit(1)
+        table = Table("", "s/picture", "ratio", "first s", "start s", "peak MiB", box=None)
+        for line in facts["rows"]:
+            if line["picture"] is not None:
+                figures = (line[name] for name in ("picture", "ratio", "first", "start"))
+                cells = [f"{value:.2f}" for value in figures]
+                table.add_row(line["name"], *cells, f"{line['memory'] / 2**20:.0f}")
+        Console().print(table)
+        machine = facts["machine"]
+        on = f"{machine['device']}, {machine['threads']} threads"
+        typer.echo(f"{found.name} on {on}; medians of {rounds} rounds")
+
+
+@app.command()
 def evaluate(
     prompts: PromptFile,
     model: ModelName = DEFAULT_MODEL,
