@@ -371,6 +371,21 @@ TABLE = [
     Mutation("a LoRA of changed weights is taken for a plain one", "lora",
              "        _check_plain(path, config)", "        pass",
              LORA + "test_a_lora_of_changed_weights_is_refused"),
+    Mutation("clients that wait hold their pictures", "server/openai",
+             "    job = await service.submit(_edit, asked, files, service)",
+             "    job = await service.submit(_edit, asked, files, service)\n"
+             '    kept = [open_picture(files["image"], "image", service.settings) for _ in "ab"]',
+             "server/test_found.py::test_clients_that_wait_hold_no_pictures_in_memory"),
+    Mutation("a picture of another model counts as drawn", "batch",
+             'known["model"].get("hash"))', "pipe.model.hash())",
+             "unit/test_batch.py::test_other_pictures_are_not_drawn_over"),
+    Mutation("a prompt's own seed is not its seed", "promptfile",
+             "mine if mine is not None else first + passed", "first + passed",
+             "unit/test_batch.py::test_every_prompt_becomes_the_picture_of_its_seed"),
+    Mutation("a ratio of medians, not of what was side by side", "bench",
+             'statistics.median(mine["picture"] / its["picture"] for mine, its in pairs)',
+             'self.median("picture") / other.median("picture")',
+             "unit/test_bench.py::test_a_ratio_is_the_median"),
 ]  # fmt: skip
 
 
