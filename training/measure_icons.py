@@ -8,9 +8,9 @@ or among the five nearest (top 5); `random.Random(0)` picks what is asked for. I
 
     measured.json   icons: right of "a fox, flat style", and the same of the autoencoder's
                     reconstructions, which are the ceiling; the style, right if of the icons of that
-                    name the one in the style asked for is the nearest; KID to the icons of each
-                    style; and right of wordings that no caption has, of backgrounds (the colour is
-                    that of the frame), counts and pairs
+                    name the one in the style asked for is the nearest, and which came for which;
+                    KID to the icons of each style; and right of wordings that no caption has, of
+                    backgrounds (the colour is that of the frame), counts and pairs
     *.png           what was drawn for it
     with --sweep    guidance, steps and schedulers: right and KID in the usual style, and a plot
 """
@@ -18,6 +18,7 @@ or among the five nearest (top 5); `random.Random(0)` picks what is asked for. I
 import argparse
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,9 @@ def measure_icons(bench: Bench, count: int, output: Path) -> dict:
     found = bench.by_style(asked, drawn, plain)
     seen, reals = bench.judge.see(drawn), bench.judge.see(real)
     of_name = seen.reshape(-1, 4, seen.shape[-1]) @ reals.reshape(-1, 4, reals.shape[-1]).mT
-    style = share(of_name.argmax(-1) == torch.arange(4))
+    nearest = of_name.argmax(-1)
+    wrong = [(s, n) for row in nearest.tolist() for s, n in enumerate(row) if s != n]
+    came = Counter(f"{STYLES[n]} for {STYLES[s]}" for s, n in wrong)
     kid = {}
     for k, name in enumerate(STYLES):
         prompts = [one.prompt for one in asked[k::4]]
@@ -178,7 +181,8 @@ def measure_icons(bench: Bench, count: int, output: Path) -> dict:
         "drawn": found,
         "reconstructions": ceiling,
         "of_the_ceiling": of_ceiling,
-        "style": style,
+        "style": share(nearest == torch.arange(4)),
+        "other_style": dict(came.most_common()),
         "kid": kid,
     }
 

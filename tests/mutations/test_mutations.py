@@ -179,7 +179,7 @@ TABLE = [
              "one += [[] for _ in range(max(map(len, positive + negative)) - len(one))]",
              "unit/test_text.py::test_another_prompt_of_the_call"),
     Mutation("weights are read and forgotten", "text",
-             "hidden = _weighted(hidden, weights.to(hidden))\n", "",
+             "hidden = _weighted(hidden, weights.to(hidden))\n", "pass\n",
              "unit/test_emphasis.py::test_the_states_of_a_word"),
     Mutation("the mean is restored where there is none", "text",
              "torch.where(tells, mean / mean_after, torch.ones_like(mean))", "mean / mean_after",
