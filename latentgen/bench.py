@@ -37,14 +37,9 @@ __all__ = ["Row", "compare", "read_settings", "report"]
 
 CALLS = 2  # after the first
 LOADING = ("device", "dtype", "attention")
-DRAWING = {
-    "steps": "num_inference_steps",
-    **{
-        item.name: item.name
-        for item in fields(Request)
-        if item.name not in ("prompt", "image", "mask_image", "strength", "output_type")
-    },
-}
+OF_PICTURES = {"image", "mask_image", "strength", "mask_blur", "padding_mask_crop"}
+OTHERS = {item.name for item in fields(Request)} - OF_PICTURES - {"prompt", "output_type", "loras"}
+DRAWING = {"steps": "num_inference_steps", **{name: name for name in OTHERS}}
 FIGURES = ("start", "first", "picture", "memory")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,10 @@ class PromptSet:
             seed: of the first picture of all; None: what the set says.
         """
         first = seed if seed is not None else self.seed
-        before = [sum(counts[:i]) for i in range(len(counts))]
         own = [None if seed is not None else entry.get("seed") for entry in self.entries]
         return [
             mine if mine is not None else first + passed
-            for mine, passed in zip(own, before, strict=True)
+            for mine, passed in zip(own, accumulate(counts[:-1], initial=0), strict=True)
         ]
 
 
