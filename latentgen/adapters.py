@@ -118,7 +118,7 @@ def applied(changes: Changes) -> Iterator[None]:
         _applied.reset(token)
 
 
-def adapted(model: nn.Module, changes: Changes) -> Callable:
+def adapted(model: Callable, changes: Changes) -> Callable:
     """The model as a function, with changes applied in each of its calls and nowhere else."""
     if not changes:
         return model

@@ -36,6 +36,7 @@ from .guidance import guidance_embedding
 from .lora import read_lora
 from .lorafolder import LoraUse
 from .modelfolder import DEFAULT_MODEL, Model
+from .once import once
 from .request import (
     EditOptions,
     InpaintOptions,
@@ -462,7 +463,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         of_text = adapters.weighted((a.text_encoder, use.text_encoder_weight) for use, a in loras)
         with adapters.applied(of_text):
             rows, guidance_scale, unet_kwargs = self._encode_prompts(request)
-        unet = adapters.adapted(self.unet, adapters.weighted((a.unet, u.weight) for u, a in loras))
+        changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
+        unet = adapters.adapted(once(self.unet), changes)
         lengths = [len(row) for row in rows]
         if len(set(lengths)) > 1:
             unet = by_length(unet, lengths)

@@ -285,6 +285,10 @@ TABLE = [
              '*("conv_out", "conv_shortcut", ', LORA + "test_kohyas_flat_names"),
     Mutation("a LoRA stays when the call is over", "adapters", "_applied.reset(token)", "pass",
              LORA + "test_streams_that_alternate"),
+    Mutation("words read again in every step", "once", "made[module] = (x, answer)", "pass",
+             "unit/test_once.py::test_keys_and_values"),
+    Mutation("the words of other rows", "once", "answer is None or given is not x",
+             "answer is None", "property/test_alone_or_together.py::test_a_long_prompt"),
     Mutation("all threads see one LoRA", "adapters",
              'ContextVar("applied", default={})',
              'type("Shared", (), {"now": {}, "get": lambda self: self.now, "set": lambda self, '

@@ -753,10 +753,8 @@ def dreambooth(model: Path, folder: Path, output: Path, **flags: object) -> None
         instance_data_dir=folder,
         instance_prompt="sks dot",
         output_dir=output,
-        max_train_steps=2,
-        train_batch_size=2,
         report_to="none",
-        **flags,
+        **{"max_train_steps": 2, "train_batch_size": 2, **flags},
     )
 
 
@@ -1030,23 +1028,51 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
-    flags = {"max_train_steps": 3, "gradient_accumulation_steps": 2, "train_text_encoder": True}
-    one = load_file(train_lora(model, folder, tmp_path / "one", train_batch_size=4, **flags))
-    words = ["--train_data_dir", folder, "--pretrained_model_name_or_path", model]
-    words += ["--output_dir", tmp_path / "two", "--train_batch_size", 2, "--rank", 2]
-    words += ["--max_train_steps", 3, "--gradient_accumulation_steps", 2, "--train_text_encoder"]
-    words += ["--learning_rate", 0.01, "--report_to", "none"]
+def on_two_processes(name: str, *words: object) -> None:
+    """Run a script as `accelerate launch` does, with gloo on the CPU."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     environment["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` sets it
     done = subprocess.run(
-        [*launch, str(SCRIPTS / "train_lora.py"), *map(str, words)],
+        [*launch, str(SCRIPTS / f"{name}.py"), *map(str, words)],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    two = load_file(tmp_path / "two" / "two.safetensors")
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    expected, weights = load_file(one), load_file(two)
+    assert expected.keys() == weights.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
+    flags = {"max_train_steps": 3, "gradient_accumulation_steps": 2, "train_text_encoder": True}
+    one = train_lora(model, folder, tmp_path / "one", train_batch_size=4, **flags)
+    words = ["--train_data_dir", folder, "--pretrained_model_name_or_path", model]
+    words += ["--output_dir", tmp_path / "two", "--train_batch_size", 2, "--rank", 2]
+    words += ["--max_train_steps", 3, "--gradient_accumulation_steps", 2, "--train_text_encoder"]
+    words += ["--learning_rate", 0.01, "--report_to", "none"]
+    on_two_processes("train_lora", *words)
+    assert_same_weights(one, tmp_path / "two" / "two.safetensors")
+
+
+def test_two_processes_draw_the_class_once(folder, model, tmp_path):
+    prior = {"with_prior_preservation": True, "class_prompt": "dot", "num_class_images": 3}
+    prior |= {"class_data_dir": tmp_path / "class", "allow": ["duplicates"], "train_batch_size": 4}
+    dreambooth(model, folder, tmp_path / "one", **prior)
+    words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", folder]
+    words += ["--instance_prompt", "sks dot", "--with_prior_preservation", "--class_prompt", "dot"]
+    words += ["--class_data_dir", tmp_path / "other", "--num_class_images", 3, "--allow"]
+    words += ["duplicates", "--output_dir", tmp_path / "two", "--train_batch_size", 2]
+    words += ["--max_train_steps", 2, "--report_to", "none"]
+    on_two_processes("train_dreambooth", *words)
+    pictures = [
+        {f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("class", "other")
+    ]
+    assert len(pictures[0]) == 4
+    assert pictures[0] == pictures[1]
+    assert_same_weights(tmp_path / "one/one.safetensors", tmp_path / "two/two.safetensors")

@@ -1,0 +1,59 @@
+"""What a U-Net makes of the words alone is computed once for a drawing."""
+
+import copy
+import pickle
+from collections import Counter
+
+import numpy as np
+import torch
+from fakes import components
+
+from latentgen import LatentDiffusion
+
+CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 3, "output_type": "np"}
+
+
+def test_keys_and_values_of_the_prompt_are_computed_once_for_all_steps(monkeypatch):
+    pipe = LatentDiffusion(**copy.deepcopy(components()))
+    names = {module: name for name, module in pipe.unet.named_modules()}
+    calls = Counter()
+    real = torch.nn.Linear.forward
+
+    def forward(self, x):
+        calls[names.get(self)] += 1
+        return real(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    for drawing in (1, 2):
+        pipe.generate(**CALL)
+        for name in names.values():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                assert calls[name] == drawing
+            elif name.endswith(("attn1.to_k", "attn2.to_q")):
+                assert calls[name] == 3 * drawing
+    assert calls["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"] == 2
+
+
+def test_the_next_drawing_sees_other_weights():
+    pipe = LatentDiffusion(**copy.deepcopy(components()))
+    before = pipe.generate(**CALL).images
+    for name, value in pipe.unet.named_parameters():
+        if name.endswith("attn2.to_v.weight"):
+            value.data *= -3
+    after = pipe.generate(**CALL).images
+    assert not np.array_equal(before, after)
+    parts = {**components(), "unet": copy.deepcopy(components()["unet"])}
+    parts["unet"].load_state_dict(pipe.unet.state_dict())
+    np.testing.assert_array_equal(LatentDiffusion(**parts).generate(**CALL).images, after)
+
+
+def test_a_copy_of_a_model_that_has_drawn_has_weights_of_its_own():
+    pipe = LatentDiffusion(**copy.deepcopy(components()))
+    drawn = pipe.generate(**CALL).images
+    for unet in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):  # noqa: S301
+        other = LatentDiffusion(**{**components(), "unet": unet})
+        np.testing.assert_array_equal(other.generate(**CALL).images, drawn)
+        for value in unet.parameters():
+            value.data.zero_()
+        assert not np.array_equal(other.generate(**CALL).images, drawn)
+    np.testing.assert_array_equal(pipe.generate(**CALL).images, drawn)
