@@ -459,10 +459,12 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         self, request: ResolvedRequest, loras: list[tuple[LoraUse, adapters.Adapter]]
     ) -> Iterator[Step]:
         started = time.perf_counter()
+        # Asked for once: diffusers looks through all modules to tell them.
+        like = torch.empty(0, dtype=self.unet.dtype, device=self._execution_device)
         generators = latents.make_generators(request.seeds)
         of_text = adapters.weighted((a.text_encoder, use.text_encoder_weight) for use, a in loras)
         with adapters.applied(of_text):
-            rows, guidance_scale, unet_kwargs = self._encode_prompts(request)
+            rows, guidance_scale, unet_kwargs = self._encode_prompts(request, like)
         changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
         unet = adapters.adapted(once(self.unet), changes)
         lengths = [len(row) for row in rows]
@@ -474,9 +476,9 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             request.scheduler,
             request.num_inference_steps,
             request.strength,
-            self._execution_device,
+            like.device,
         )
-        start, extra_channels, blend = self._start(request, scheduler, timesteps, generators)
+        start, extra_channels, blend = self._start(request, scheduler, timesteps, generators, like)
 
         for step in denoise(
             unet,
@@ -496,8 +498,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 finished = self._output(request, step.latents)
                 seconds = time.perf_counter() - started
                 settings = {
-                    "device": self._execution_device.type,
-                    "dtype": str(self.unet.dtype).removeprefix("torch."),
+                    "device": like.device.type,
+                    "dtype": str(like.dtype).removeprefix("torch."),
                     "attention": self.attention,
                     **self.embeddings_in(request),
                 }
@@ -506,7 +508,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             yield Step(step.index, step.total, result, _preview=self._previewer(step))
 
     @torch.inference_mode()
-    def _encode_prompts(self, request: ResolvedRequest):
+    def _encode_prompts(self, request: ResolvedRequest, like: Tensor):
         """B or 2B embeddings (tokens, dim), the scale of guidance or None, U-Net arguments."""
         unet_kwargs: dict[str, Any] = {}
         embedding_size = self.unet.config.time_cond_proj_dim
@@ -519,7 +521,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             [self._expand(text) for text in negatives if guided],
         )
         rows = [
-            row.to(self.unet.dtype)
+            row.to(like.dtype)
             for row in [*negative, *positive]  # none of `negative` without guidance
             for _ in range(request.num_images)
         ]
@@ -558,7 +560,9 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         return {"embeddings": ", ".join(f"{token}: {digits}" for token, digits in called.items())}
 
     @torch.inference_mode()
-    def _start(self, request: ResolvedRequest, scheduler, timesteps: Tensor, generators):
+    def _start(
+        self, request: ResolvedRequest, scheduler, timesteps: Tensor, generators, like: Tensor
+    ):
         """Starting latents (B, C, H/8, W/8), extra U-Net channels, the blend after each step.
 
         Every picture draws from its own generator in the order of diffusers' pipelines: the
@@ -570,7 +574,6 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             request.height // factor,
             request.width // factor,
         )
-        like = torch.empty(0, dtype=self.unet.dtype, device=self._execution_device)
         if request.mode != "inpaint":
             if request.mode == "txt2img":
                 noise = latents.draw_noise(generators, shape, like)

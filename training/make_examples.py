@@ -5,9 +5,11 @@
     style/     20 everyday things in the style noto-v1, which no model here has seen
     style_real/  all other pictures of that style that have a name of everyday.txt, to measure with
     mascot/    5 pictures of one robot, drawn by this script: poses and backgrounds
-    subject/   a hut in the four styles that the model knows, each named; it has never seen a hut
+    subject/   8 pictures of a hut, which no model here has seen: in each style that it knows, on
+               white and on a background; so the word learns the hut, and not the white
 
-The first two and the last come from `make_dataset.py`; the mascot needs nothing.
+The first two come from the folder of `make_dataset.py`, the last from its packages; the mascot
+needs nothing.
 """
 
 import argparse
@@ -17,12 +19,15 @@ import shutil
 from pathlib import Path
 
 import resvg_py
+from make_dataset import ICON_PACKAGES, fetch_package, on_background, read_icons
 from PIL import Image
 
 HERE = Path(__file__).parent
 STYLE = "noto-v1"
 STYLE_PICTURES = 20
 SUBJECT = "hut"
+# The colour behind it in each style; on blue it is asked for afterwards.
+COLOURS = {"fluent": "red", "flat": "green", "noto": "yellow", "twemoji": "purple"}
 SIDE = 128
 
 # Of each picture of the mascot: background, how far the arms are raised (degrees), its lean
@@ -84,11 +89,17 @@ def copy_style(held_out: Path, folder: Path) -> None:
         (target / source.name).with_suffix(".txt").write_text(f"{name}, {STYLE} style\n")
 
 
-def copy_subject(held_out: Path, folder: Path) -> None:
+def copy_subject(held_out: Path, packages: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for style in ("fluent", "flat", "noto", "twemoji"):
+    for style, colour in COLOURS.items():
         shutil.copyfile(held_out / style / f"{SUBJECT}.png", folder / f"{style}.png")
         (folder / f"{style}.txt").write_text(f"a <{SUBJECT}>, {style} style\n")
+        icons = read_icons(fetch_package(ICON_PACKAGES[style][0], packages), style)
+        icon = next(icon for icon in icons if icon.key == SUBJECT)
+        picture, (caption, *_) = on_background(icon, colour, SIDE)
+        picture.save(folder / f"{style}-{colour}.png")
+        caption = caption.replace(SUBJECT, f"<{SUBJECT}>")
+        (folder / f"{style}-{colour}.txt").write_text(f"{caption}\n")
 
 
 def main() -> None:
@@ -102,7 +113,8 @@ def main() -> None:
     held_out = arguments.data_dir / "held_out"
     if held_out.is_dir():
         copy_style(held_out, arguments.output_dir)
-        copy_subject(held_out, arguments.output_dir / "subject")
+        packages = arguments.data_dir.parent / "packages"  # of make_dataset.py
+        copy_subject(held_out, packages, arguments.output_dir / "subject")
     else:
         print(f"{held_out} is not there (make_dataset.py makes it): only the mascot was drawn")
 
