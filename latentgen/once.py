@@ -1,16 +1,17 @@
-"""What a U-Net makes of the words alone, computed once for a drawing instead of in every step.
+"""What is the same in every step of a drawing, done once.
 
 The keys and values of the attention to the prompt, and the prompt's share of the time embedding,
 depend on the embeddings and on nothing that changes from step to step. The modules are the same and
-so is what they are given, so the pictures are the same too, bit for bit. In a small model this is a
-fifteenth of the time.
+so is what they are given, so the pictures are the same too, bit for bit. In a small model this, and
+what `_tell_signature` saves, is a tenth of the time.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -38,6 +39,9 @@ def _answer(module: nn.Module, x: Tensor) -> Tensor:
 
 def once(unet: nn.Module) -> Callable:
     """The U-Net as a function for all steps of one drawing, which hand it the same embeddings."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            _tell_signature(type(module.processor).__call__)
     for module in _readers(unet):
         if "forward" not in vars(module):  # nor somebody else's, who moves weights about
             module.forward = partial(_answer, module)  # stays, and does nothing outside of `call`
@@ -51,6 +55,13 @@ def once(unet: nn.Module) -> Callable:
             _made.reset(token)
 
     return call
+
+
+@cache
+def _tell_signature(function: Callable) -> None:
+    """Attach a function's signature to it (PEP 362): diffusers asks for that of the processor in
+    every call of an attention, and has it worked out anew each time."""
+    function.__dict__["__signature__"] = inspect.signature(function)
 
 
 def _readers(unet: nn.Module) -> Iterator[nn.Module]:
