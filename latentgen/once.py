@@ -9,7 +9,7 @@ what `_tell_signature` saves, is a tenth of the time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, partial
 
@@ -30,11 +30,10 @@ def _answer(module: nn.Module, x: Tensor) -> Tensor:
     made = None if torch.compiler.is_compiling() else _made.get()
     if made is None:
         return type(module).forward(module, x)
-    given, answer = made.get(module, (None, None))
-    if answer is None or given is not x:
-        answer = type(module).forward(module, x)
-        made[module] = (x, answer)
-    return answer
+    known = made.get(module)
+    if known is None or known[0] is not x:
+        known = made[module] = (x, type(module).forward(module, x))
+    return known[1]
 
 
 def once(unet: nn.Module) -> Callable:
@@ -42,9 +41,9 @@ def once(unet: nn.Module) -> Callable:
     for module in unet.modules():
         if isinstance(module, Attention):
             _tell_signature(type(module.processor).__call__)
-    for module in _readers(unet):
-        if "forward" not in vars(module):  # nor somebody else's, who moves weights about
-            module.forward = partial(_answer, module)  # stays, and does nothing outside of `call`
+        for part in _readers(module):
+            if "forward" not in vars(part):  # nor somebody else's, who moves weights about
+                part.forward = partial(_answer, part)  # stays, and does nothing outside of `call`
     made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def call(*args, **kwargs):
@@ -61,14 +60,14 @@ def once(unet: nn.Module) -> Callable:
 def _tell_signature(function: Callable) -> None:
     """Attach a function's signature to it (PEP 362): diffusers asks for that of the processor in
     every call of an attention, and has it worked out anew each time."""
-    function.__dict__["__signature__"] = inspect.signature(function)
+    if inspect.isfunction(function):
+        function.__dict__["__signature__"] = inspect.signature(function)
 
 
-def _readers(unet: nn.Module) -> Iterator[nn.Module]:
-    """The modules that see the embeddings and nothing else."""
-    for module in unet.modules():
-        if isinstance(module, TextTimeEmbedding):
-            yield module
-        elif isinstance(module, Attention) and module.is_cross_attention:
-            projections = module.to_k, module.to_v
-            yield from (part for part in projections if isinstance(part, nn.Linear))
+def _readers(module: nn.Module) -> list[nn.Module]:
+    """What of a module sees the embeddings and nothing else."""
+    if isinstance(module, TextTimeEmbedding):
+        return [module]
+    if isinstance(module, Attention) and module.is_cross_attention:
+        return [part for part in (module.to_k, module.to_v) if isinstance(part, nn.Linear)]
+    return []

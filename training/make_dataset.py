@@ -115,6 +115,7 @@ def fetch_package(spec: str, package_dir: Path) -> Path:
     name, version = spec.rsplit("@", 1)
     tarball = package_dir / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
     if not tarball.exists():
+        package_dir.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", spec], cwd=package_dir, check=True, capture_output=True)
     return tarball
 
@@ -325,7 +326,6 @@ def main() -> None:
     args = parse_args()
     default_packages = args.output_dir.parent / "packages"
     package_dir = args.package_dir if args.package_dir is not None else default_packages
-    package_dir.mkdir(parents=True, exist_ok=True)
     packages = {
         style: fetch_package(spec, package_dir) for style, (spec, _, _) in ICON_PACKAGES.items()
     }

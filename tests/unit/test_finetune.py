@@ -1060,7 +1060,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
     assert_same_weights(one, tmp_path / "two" / "two.safetensors")
 
 
-def test_two_processes_draw_the_class_once(folder, model, tmp_path):
+def test_two_processes_share_the_drawing_of_the_class(folder, model, tmp_path):
     prior = {"with_prior_preservation": True, "class_prompt": "dot", "num_class_images": 3}
     prior |= {"class_data_dir": tmp_path / "class", "allow": ["duplicates"], "train_batch_size": 4}
     dreambooth(model, folder, tmp_path / "one", **prior)
