@@ -8,7 +8,8 @@ or among the five nearest (top 5); `random.Random(0)` picks what is asked for. I
 
     measured.json   icons: right of "a fox, flat style", and the same of the autoencoder's
                     reconstructions, which are the ceiling; the style, right if of the icons of that
-                    name the one in the style asked for is the nearest, and which came for which;
+                    name the one in the style asked for is the nearest, to the judge and by pixels
+                    (the judge mistakes flat for shaded), and which came for which;
                     KID to the icons of each style; and right of wordings that no caption has, of
                     backgrounds (the colour is that of the frame), counts and pairs
     *.png           what was drawn for it
@@ -135,6 +136,12 @@ def share(hits: Tensor) -> float:
     return round(hits.float().mean().item(), 4)
 
 
+def as_rows(images: list[Image.Image]) -> Tensor:
+    """(names, 4, numbers): all pixels of each picture, the four styles of a name together."""
+    arrays = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    return torch.from_numpy(arrays).reshape(-1, len(STYLES), arrays[0].size)
+
+
 def plain(icon: Icon) -> Image.Image:
     canvas = blank(SIDE)
     paste(canvas, icon, 1.0, (0.5, 0.5))
@@ -169,6 +176,7 @@ def measure_icons(bench: Bench, count: int, output: Path) -> dict:
     seen, reals = bench.judge.see(drawn), bench.judge.see(real)
     of_name = seen.reshape(-1, 4, seen.shape[-1]) @ reals.reshape(-1, 4, reals.shape[-1]).mT
     nearest = of_name.argmax(-1)
+    by_pixels = torch.cdist(as_rows(drawn), as_rows(real)).argmin(-1)  # (names, 4)
     wrong = [(s, n) for row in nearest.tolist() for s, n in enumerate(row) if s != n]
     came = Counter(f"{STYLES[n]} for {STYLES[s]}" for s, n in wrong)
     kid = {}
@@ -182,6 +190,7 @@ def measure_icons(bench: Bench, count: int, output: Path) -> dict:
         "reconstructions": ceiling,
         "of_the_ceiling": of_ceiling,
         "style": share(nearest == torch.arange(4)),
+        "style_by_pixels": share(by_pixels == torch.arange(4)),
         "other_style": dict(came.most_common()),
         "kid": kid,
     }

@@ -157,20 +157,27 @@ class ModelList(BaseModel):
 
 
 def _form(kind: type[BaseModel], files: set[str]) -> dict[str, Any]:
-    """What the OpenAPI document says of a form: the fields, the image under one of its two names,
-    and files that may come along."""
+    """What the OpenAPI document says of a form: the fields, the image, and files that may come
+    along. A form has no null: what is not given is left out."""
     fields = kind.model_json_schema()
-    properties = fields["properties"] | {"loras": {"type": "string", "description": "JSON"}}
+    properties: dict[str, Any] = {}
+    for name, field in fields["properties"].items():
+        kinds = [one for one in field.get("anyOf", [field]) if one.get("type") != "null"]
+        if kinds:
+            properties[name] = kinds[0]
+    properties["loras"] = {"type": "string", "description": "JSON"}
     texts = {"type": "array", "items": {"type": "string"}}
     properties |= {f"loras[][{name}]": texts for name in LoraChoice.model_fields}
     file = {"type": "string", "format": "binary"}
-    properties |= dict.fromkeys(("image", "image[]", *sorted(files)), file)
+    properties |= dict.fromkeys(("image", *sorted(files)), file)
+    properties["image[]"] = file | {
+        "description": "in place of `image`: a list of one, as the client sends it"
+    }
     schema = {
         "type": "object",
         "properties": properties,
         "additionalProperties": False,
-        "required": fields.get("required", []),
-        "oneOf": [{"required": ["image"]}, {"required": ["image[]"]}],
+        "required": [*fields.get("required", []), "image"],
     }
     content = {"multipart/form-data": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from types import SimpleNamespace
 
 import httpx
@@ -217,8 +218,11 @@ def test_the_openapi_document_tells_every_field(server):
         ("variations", Variation, {"image", "image[]"}),
     ):
         content = told["paths"][f"/v1/images/{path}"]["post"]["requestBody"]["content"]
-        properties = content["multipart/form-data"]["schema"]["properties"]
-        assert properties.keys() >= kind.model_fields.keys() | files
+        schema = content["multipart/form-data"]["schema"]
+        told_there = schema["properties"].keys()
+        assert told_there >= (kind.model_fields.keys() - {"moderation"}) | files
+        assert "image" in schema["required"]
+        assert "null" not in json.dumps(schema)  # which a form cannot say
 
 
 def test_the_openapi_document_tells_every_answer(server):

@@ -45,6 +45,13 @@ def test_pictures_are_reconstructed_as_precisely_as_the_model_is():
     assert found.size == (16, 16)
 
 
+def test_pictures_are_compared_within_their_name():
+    real = [plain(colour) for colour in ("red", "lime", "blue", "white") * 2]
+    rows = measure_icons.as_rows(real)
+    assert rows.shape == (2, 4, 16 * 16 * 3)
+    assert torch.cdist(rows, rows.flip(1)).argmin(-1).tolist() == [[3, 2, 1, 0]] * 2
+
+
 def test_the_frame_tells_the_background():
     picture = Image.new("RGB", (128, 128), "#9cc9f5")
     picture.paste("red", (10, 10, 118, 118))
