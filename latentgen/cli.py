@@ -116,6 +116,18 @@ Embeddings = Annotated[
     list[Path] | None,
     typer.Option("--embedding", help="A textual inversion; several.", show_default=False),
 ]
+ControlNet = Annotated[
+    str | None,
+    typer.Option(
+        "--controlnet", help="A folder, a name or a hub id.", show_default="none", metavar="NAME"
+    ),
+]
+ControlImage = Annotated[
+    Path | None, typer.Option(help="What the ControlNet sees.", show_default=False)
+]
+ControlScale = Annotated[float, typer.Option(help="How strongly to follow it, 0 to 10.")]
+ControlStart = Annotated[float, typer.Option(help="From which share of the steps, 0 to 1.")]
+ControlEnd = Annotated[float, typer.Option(help="Up to which share of the steps, 0 to 1.")]
 Strength = Annotated[float | None, typer.Option(help="How much to change, 0 to 1.")]
 Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
 Mask = Annotated[
@@ -145,6 +157,11 @@ def _drawing_flags(
     guidance_rescale: Rescale = 0.0,
     lora: Loras = None,
     embedding: Embeddings = None,
+    controlnet: ControlNet = None,
+    control_image: ControlImage = None,
+    controlnet_conditioning_scale: ControlScale = 1.0,
+    control_guidance_start: ControlStart = 0.0,
+    control_guidance_end: ControlEnd = 1.0,
     model: ModelName = DEFAULT_MODEL,
     config: Config = None,
     device: Device = None,
@@ -216,6 +233,12 @@ def replay(
         list[Path] | None, typer.Option(help="A LoRA it was made with.", show_default=False)
     ] = None,
     embedding: Embeddings = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="The ControlNet it was made with.", show_default=False)
+    ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="What the ControlNet saw.", show_default=False)
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     attention: Attention = None,
@@ -230,19 +253,20 @@ def replay(
         found = metadata.read(picture)
         known = found.record
         notes: list[str] = []
-        pictures = {"image": image, "mask_image": mask_image}
+        pictures = {"image": image, "mask_image": mask_image, "control_image": control_image}
         if known is not None:
             for name in known["pictures"]:
                 if pictures[name] is None:
                     hint = f"it was made from another picture; name it: --{_dashed(name)} FILE"
                     raise InvalidRequest("picture", str(picture), hint)
-            request = metadata.request_from_record(known, lora or (), **pictures)
+            request = metadata.request_from_record(known, lora or (), controlnet, **pictures)
             _check_loras_are_here(request)
             model = model or _recorded_model(known["model"])
             dtype = dtype or known["settings"].get("dtype")
             attention = attention or known["settings"].get("attention")
         elif (info := metadata.parse_infotext(found.infotext or "")).fields:
-            request, notes = metadata.request_from_infotext(info, lora or (), **pictures)
+            given = pictures | {"controlnet": controlnet}
+            request, notes = metadata.request_from_infotext(info, lora or (), **given)
         else:
             hint = "it carries no settings; pictures of latentgen and of the WebUI do"
             raise InvalidRequest("picture", str(picture), hint)

@@ -1,17 +1,19 @@
-"""Inpainting as data for the loop: extra input channels, or a blend after each step.
+"""Inpainting and ControlNet as data for the loop: extra input channels, a blend after each step,
+or a U-Net that hears a second network.
 
-Both ways take the mask at the size of the latents, 1 = repaint. Which one is used follows from the
-U-Net: nine input channels were trained to see the mask, four were not.
+Both ways of inpainting take the mask at the size of the latents, 1 = repaint. Which one is used
+follows from the U-Net: nine input channels were trained to see the mask, four were not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["MaskBlend", "inpainting_channels", "latent_mask"]
+__all__ = ["MaskBlend", "control_scales", "controlled", "inpainting_channels", "latent_mask"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,43 @@ def inpainting_channels(mask: Tensor, masked_image_latents: Tensor) -> Tensor:
     (1, 1, h, w) and (B, C, h, w) -> (B, 1 + C, h, w); never scaled by the scheduler.
     """
     return torch.cat([mask.expand(len(masked_image_latents), -1, -1, -1), masked_image_latents], 1)
+
+
+def controlled(unet: Callable, controlnet: Callable, channels: int) -> Callable:
+    """The U-Net with what a ControlNet adds to its skip connections (arXiv 2302.05543).
+
+    The function takes `controlnet_cond`, the picture (B, 3, H, W) in [0, 1], and
+    `conditioning_scale`, the strength; at 0 the ControlNet is not called.
+
+    Args:
+        channels: of the latents, which come first among the input's channels.
+    """
+
+    def call(
+        sample: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float,
+        **kwargs,
+    ):
+        if conditioning_scale != 0:
+            down, middle = controlnet(
+                sample[:, :channels],
+                t,
+                encoder_hidden_states=encoder_hidden_states,
+                controlnet_cond=controlnet_cond,
+                conditioning_scale=conditioning_scale,
+                return_dict=False,
+            )
+            kwargs["down_block_additional_residuals"] = down
+            kwargs["mid_block_additional_residual"] = middle
+        return unet(sample, t, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    return call
+
+
+def control_scales(scale: float, start: float, end: float, steps: int) -> list[float]:
+    """A ControlNet's strength in each step: `scale` in those that lie between `start` and `end`,
+    which are shares of all steps, and 0 in the others."""
+    return [scale if start <= i / steps and (i + 1) / steps <= end else 0.0 for i in range(steps)]

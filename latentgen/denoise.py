@@ -8,7 +8,7 @@ previews and cancelling are ordinary iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def denoise(
     guidance_rescale: float = 0.0,
     extra_channels: Tensor | None = None,  # (B, 1 + C, H/8, W/8): mask and masked-image latents
     blend: MaskBlend | None = None,
+    control_scales: Sequence[float] | None = None,  # of each step, for a U-Net that takes them
     unet_kwargs: dict | None = None,
     step_kwargs: dict | None = None,
 ) -> Iterator[Denoised]:
@@ -67,13 +68,10 @@ def denoise(
         rows = scheduler.scale_model_input(rows, t)
         model_input = rows if extra_channels is None else torch.cat([rows, extra_channels], dim=1)
 
-        prediction = unet(
-            model_input,
-            t,
-            encoder_hidden_states=embeddings,
-            return_dict=False,
-            **(unet_kwargs or {}),
-        )[0]
+        options = {"return_dict": False, **(unet_kwargs or {})}
+        if control_scales is not None:
+            options["conditioning_scale"] = control_scales[i]
+        prediction = unet(model_input, t, encoder_hidden_states=embeddings, **options)[0]
         if guidance_scale is not None:
             uncond, cond = prediction.chunk(2)
             prediction = apply_guidance(uncond, cond, guidance_scale)

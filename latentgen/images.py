@@ -30,6 +30,7 @@ __all__ = [
     "region",
     "to_pil",
     "to_tensor",
+    "to_unit_tensor",
 ]
 
 MAX_PIXELS = 8192 * 8192
@@ -74,13 +75,18 @@ def load_mask(source: Any, field: str = "mask_image") -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (1, 3, H, W) in [-1, 1]; "L" mask -> (1, 1, H, W) in [0, 1]; float32."""
+    tensor = to_unit_tensor(image)
+    return tensor if image.mode == "L" else 2.0 * tensor - 1.0
+
+
+def to_unit_tensor(image: Image.Image) -> Tensor:
+    """A picture of C channels -> (1, C, H, W) in [0, 1]; float32."""
     import torch
 
     array = np.asarray(image, dtype=np.float32) / 255.0
     array = array.reshape(image.height, image.width, -1)
     # Batch first, then transposed: the strides decide which convolution runs, and so the last bit.
-    tensor = torch.from_numpy(array[None].transpose(0, 3, 1, 2))
-    return tensor if image.mode == "L" else 2.0 * tensor - 1.0
+    return torch.from_numpy(array[None].transpose(0, 3, 1, 2))
 
 
 def region(mask: Image.Image, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:

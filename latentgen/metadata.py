@@ -8,8 +8,8 @@ JSON record of ours with all that is needed to make the picture again bit for bi
     GIF               comment (the infotext alone)
 
 The record holds fingerprints of an input picture and mask, never the pictures: what somebody
-painted over must not travel inside the result. Of a LoRA it holds name, weights and SHA-256, and
-never where it was: a picture from elsewhere opens no files here.
+painted over must not travel inside the result. Of a LoRA or a ControlNet it holds name, weights
+and a hash, and never where it was: a picture from elsewhere opens no files here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
-from . import __version__, lorafolder, schedulers
+from . import __version__, controlnet, lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image
 from .lorafolder import LoraUse
-from .request import Request
+from .request import OF_CONTROL, Request
 
 if TYPE_CHECKING:
     from .pipeline import Result
@@ -56,6 +56,7 @@ __all__ = [
     "save_result",
     "text_of",
     "versions",
+    "without_control",
 ]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
@@ -63,9 +64,9 @@ QUALITY = 95  # of the formats that lose detail
 
 _EXIF, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x927C, 0x9286
 _UNICODE = b"UNICODE\0"
-_PICTURES = ("image", "mask_image")
+_PICTURES = ("image", "mask_image", "control_image")
 _OF_MASKS = ("mask_blur", "padding_mask_crop")
-_NOT_RECORDED = {*_PICTURES, "output_type", "loras"}  # the LoRAs in their own way
+_NOT_RECORDED = {*_PICTURES, "output_type", "loras", "controlnet"}  # two in their own way
 _LONGEST = 100_000  # characters of an infotext
 # a name is bounded, else a long word is searched from each of its letters to its end
 _PARAMETER = re.compile(r'(\w[\w \-/]{1,63}):[ \t]*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -190,11 +191,25 @@ def infotext(result: Result, k: int) -> str:
         "Masked area padding": request.padding_mask_crop,
         "Lora hashes": ", ".join(f"{use.name}: {use.webui_hash}" for use in request.loras) or None,
         "TI hashes": result.settings.get("embeddings"),
+        "ControlNet 0": _control_told(request),
         "RNG": "CPU",
         "Version": f"latentgen {__version__}",
     }
     told = [f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None]
     return "\n".join([*lines, ", ".join(told)])
+
+
+def _control_told(request: Request) -> str | None:
+    """As the WebUI's extension writes it."""
+    if (net := request.controlnet) is None:
+        return None
+    numbers = {
+        "Weight": request.controlnet_conditioning_scale,
+        "Guidance Start": request.control_guidance_start,
+        "Guidance End": request.control_guidance_end,
+    }
+    told = [f"{name}: {value:g}" for name, value in numbers.items()]
+    return ", ".join(["Module: none", f"Model: {net.name} [{net.hash()}]", *told])
 
 
 def record(result: Result, k: int, quality: int = QUALITY) -> dict[str, Any]:
@@ -223,7 +238,11 @@ def recorded(request: Request) -> dict[str, Any]:
         field.name: getattr(request, field.name)
         for field in fields(Request)
         if field.name not in _NOT_RECORDED
+        and (request.controlnet is not None or field.name not in OF_CONTROL)
     }
+    if request.controlnet is not None:
+        own = {"name": request.controlnet.name, "hash": request.controlnet.hash()}
+        fields_told["controlnet"] = own
     if loras := [_told(use) for use in request.loras]:
         fields_told["loras"] = loras
     return {key: value for key, value in fields_told.items() if value is not None}
@@ -320,18 +339,23 @@ def parse_infotext(text: str) -> Infotext:
 
 
 def request_from_record(
-    known: dict[str, Any], loras: Sequence[str | Path] = (), **pictures: Any
+    known: dict[str, Any],
+    loras: Sequence[str | Path] = (),
+    control: str | Path | None = None,
+    **pictures: Any,
 ) -> Request:
     """The request that a picture of ours was made from.
 
     Args:
         known: our record.
         loras: files of the LoRAs that it was made with; others are looked up by their names.
-        pictures: `image` and `mask_image`, for a picture that was made from others.
+        control: the ControlNet that it was made with; None: looked up by its name.
+        pictures: `image`, `mask_image` and `control_image`, where it was made from such.
     """
     names = {field.name for field in fields(Request)} - _NOT_RECORDED
     settings = {**known["request"]}
     uses = _recorded_loras(settings.pop("loras", []), loras)
+    net = _recorded_control(settings.pop("controlnet", None), control)
     if strange := sorted(settings.keys() - names):
         raise InvalidRequest("picture", strange, "its record has fields that none of ours has")
     given = _given(pictures)
@@ -340,7 +364,17 @@ def request_from_record(
             raise InvalidRequest(
                 name, given[name], "the picture was not made from one; leave it out"
             )
-    return Request(**settings, loras=uses, **given)
+    return Request(**settings, loras=uses, controlnet=net, **given)
+
+
+def without_control(known: dict[str, Any]) -> dict[str, Any]:
+    """A record without its ControlNet, for those who draw without one."""
+    names = {"controlnet", *OF_CONTROL}
+    parts = {part: known[part].items() for part in ("request", "pictures")}
+    return known | {
+        part: {name: value for name, value in items if name not in names}
+        for part, items in parts.items()
+    }
 
 
 def request_from_infotext(
@@ -426,6 +460,9 @@ def differences(known: dict[str, Any], result: Result) -> list[str]:
     for use in result.request.loras:
         if before.get(use.name) != _told(use):
             notes.append(f"the LoRA {use.name} is not the one that it was made with")
+    net = result.request.controlnet
+    if net is not None and known["request"]["controlnet"].get("hash") != net.hash():
+        notes.append(f"the ControlNet {net.name} is not the one that it was made with")
     for name, then in known["pictures"].items():
         if fingerprint(getattr(result.request, name)) != then:
             notes.append(f"{name} is not the picture that it was made from")
@@ -452,6 +489,21 @@ def _recorded_loras(told: Any, files: Sequence[str | Path]) -> list[LoraUse]:
     except (TypeError, KeyError, AttributeError) as error:
         raise InvalidRequest("picture", told, "its record is damaged") from error
     return uses
+
+
+def _recorded_control(told: Any, given: str | Path | None) -> str | Path | None:
+    """The ControlNet of a record: what was given in its place, or the one here of that name."""
+    if told is None:
+        if given is not None:
+            hint = "the picture was not made with one; leave it out"
+            raise InvalidRequest("controlnet", str(given), hint)
+        return None
+    if not isinstance(told, dict) or not isinstance(told.get("name"), str):
+        raise InvalidRequest("picture", told, "its record is damaged")
+    if given is None and (given := controlnet.names_there().get(told["name"])) is None:
+        hint = "it was made with this ControlNet, which is not here; name it: --controlnet FOLDER"
+        raise InvalidRequest("controlnet", told["name"], hint)
+    return given
 
 
 def _named_loras(

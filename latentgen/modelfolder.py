@@ -30,6 +30,7 @@ __all__ = [
     "Model",
     "bundled_models",
     "cached_models",
+    "check_weights",
     "fetch",
     "file_sha256",
     "find",
@@ -247,7 +248,7 @@ def cached_models() -> list[Model]:
     return models
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, field: str = "model") -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -256,9 +257,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidRequest("model", str(path), f"cannot be read as JSON ({error})") from error
+        raise InvalidRequest(field, str(path), f"cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InvalidRequest("model", str(path), "must hold a JSON object")
+        raise InvalidRequest(field, str(path), "must hold a JSON object")
     return content
 
 
@@ -290,6 +291,21 @@ def read_header(
     return shapes
 
 
+def check_weights(folder: Path, field: str = "model") -> None:
+    """Check the headers of the safetensors files in a part's folder.
+
+    Raises:
+        InvalidRequest: there are none, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [file for file in folder.iterdir() if file.suffix.lower() in PICKLES]
+        hint = CONVERT if pickles else "its weights are missing: no .safetensors file there"
+        raise InvalidRequest(field, str(pickles[0] if pickles else folder), hint)
+    for file in files:
+        read_header(file, field)
+
+
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file, as hex digits; remembered until the file changes."""
     return _sha256(file, file.stat().st_mtime_ns)
@@ -315,7 +331,7 @@ def _from_folder(
             raise InvalidRequest("model", str(path), f"its {part}/{config} is missing")
     if hub_id is None:
         for part in _WEIGHTS:
-            _check_weights(path / part)
+            check_weights(path / part)
 
     vae = read_json(path / "vae" / "config.json")
     unet = read_json(path / "unet" / "config.json")
@@ -356,16 +372,6 @@ def _own_defaults(path: Path) -> dict[str, Any]:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InvalidRequest("model", str(path), f"its {name} is {value!r}")
     return own
-
-
-def _check_weights(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [file for file in folder.iterdir() if file.suffix.lower() in PICKLES]
-        hint = CONVERT if pickles else "its weights are missing: no .safetensors file there"
-        raise InvalidRequest("model", str(pickles[0] if pickles else folder), hint)
-    for file in files:
-        read_header(file)
 
 
 def _kind(names: Set[str]) -> str | None:

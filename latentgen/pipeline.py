@@ -27,8 +27,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from . import adapters, emphasis, images, latents, lorafolder, modelfolder, schedulers
-from .conditioning import MaskBlend, inpainting_channels, latent_mask
+from . import (
+    adapters,
+    controlnet,
+    emphasis,
+    images,
+    latents,
+    lorafolder,
+    modelfolder,
+    schedulers,
+)
+from .conditioning import MaskBlend, control_scales, controlled, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
 from .embeddings import add_word, read_embedding, said, spelled_out
 from .errors import InvalidRequest
@@ -154,6 +163,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         self.model = self._describe()
         self._loras: dict[str, tuple[LoraUse, adapters.Adapter]] = {}
         self._embeddings: dict[str, str] = {}  # token: SHA-256 of its file
+        self._controlnet: tuple[Any, Any] = (None, None)  # the last one, and what it was read from
 
     # Loading and saving.
 
@@ -368,7 +378,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             negative_prompt: what to keep away from: one text, or one for each prompt.
             options: the other fields of `latentgen.request.Request`: num_inference_steps,
                 guidance_scale, scheduler, seed, num_images, height, width, eta, guidance_rescale,
-                output_type, loras.
+                output_type, loras; controlnet, with control_image,
+                controlnet_conditioning_scale, control_guidance_start and control_guidance_end.
 
         Raises:
             InvalidRequest: names the field, its value and what would work.
@@ -467,6 +478,10 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             rows, guidance_scale, unet_kwargs = self._encode_prompts(request, like)
         changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
         unet = adapters.adapted(once(self.unet), changes)
+        if request.controlnet is not None:
+            net = self._load_controlnet(request.controlnet, like)
+            unet = controlled(unet, once(net), net.config.in_channels)
+            unet_kwargs["controlnet_cond"] = self._control_image(request, len(rows), like)
         lengths = [len(row) for row in rows]
         if len(set(lengths)) > 1:
             unet = by_length(unet, lengths)
@@ -490,6 +505,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             guidance_rescale=request.guidance_rescale,
             extra_channels=extra_channels,
             blend=blend,
+            control_scales=self._control_scales(request, len(timesteps)),
             unet_kwargs=unet_kwargs,
             step_kwargs=accepted(scheduler.step, generator=generators, eta=request.eta),
         ):
@@ -529,6 +545,35 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             embedding = guidance_embedding(request.guidance_scale, len(rows), embedding_size)
             unet_kwargs["timestep_cond"] = embedding.to(rows[0])
         return rows, request.guidance_scale if guided else None, unet_kwargs
+
+    def _load_controlnet(self, found: controlnet.ControlNet, like: Tensor):
+        """The ControlNet, kept until another one is asked for."""
+        source = (found, found.hash(), like.dtype, like.device)
+        last, net = self._controlnet
+        if last != source:
+            net = quietly(controlnet.load, found, self.unet.config, like.device, like.dtype)
+            source = (found, found.hash(), like.dtype, like.device)  # from the hub it is here now
+            self._controlnet = source, net
+        return net
+
+    @staticmethod
+    def _control_image(request: ResolvedRequest, rows: int, like: Tensor) -> Tensor:
+        """What the ControlNet sees, for each row of the U-Net's batch: (rows, 3, H, W)."""
+        box = None if request.padding_mask_crop is None else request.box
+        size = (request.width, request.height)
+        picture = request.control_image.resize(size, Image.Resampling.LANCZOS, box)
+        return images.to_unit_tensor(picture).to(like).repeat(rows, 1, 1, 1)
+
+    @staticmethod
+    def _control_scales(request: ResolvedRequest, steps: int) -> list[float] | None:
+        if request.controlnet is None:
+            return None
+        return control_scales(
+            request.controlnet_conditioning_scale,
+            request.control_guidance_start,
+            request.control_guidance_end,
+            steps,
+        )
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded, and keep

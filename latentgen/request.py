@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
-from . import emphasis, lorafolder, schedulers
+from . import controlnet, emphasis, lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image, load_mask, region
 from .lorafolder import LoraUse
@@ -28,6 +28,7 @@ __all__ = [
     "MAX_SEED",
     "MAX_SIDE",
     "MAX_STEPS",
+    "OF_CONTROL",
     "OUTPUT_TYPES",
     "Request",
     "ResolvedRequest",
@@ -41,6 +42,12 @@ MAX_IMAGES = 64
 MAX_SEED = 2**63 - 1
 _TAKE_ETA = {entry.cls for entry in schedulers.NAMES.values() if entry.eta}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OF_CONTROL = (  # fields that go with a `controlnet`
+    "control_image",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
 
 
 class Options(TypedDict, total=False):
@@ -57,6 +64,11 @@ class Options(TypedDict, total=False):
     guidance_rescale: float
     output_type: str
     loras: Sequence[Any]
+    controlnet: Any
+    control_image: Any
+    controlnet_conditioning_scale: float
+    control_guidance_start: float
+    control_guidance_end: float
 
 
 class EditOptions(Options, total=False):
@@ -103,6 +115,11 @@ class Request:
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
         loras: files or names of LoRAs, perhaps with weights: "style.safetensors:0.8"; all that
             `latentgen.lorafolder.parse` understands. They add up with those of `load_lora`.
+        controlnet: a folder, name or hub id of a ControlNet, see `latentgen.controlnet.find`.
+        control_image: what it sees (edges, a pose, depths; as it was trained for); resized to
+            `height` x `width`, or cut like the image where only a part of that is drawn.
+        controlnet_conditioning_scale: how strongly it is followed, 0 to 10.
+        control_guidance_start, control_guidance_end: 0 to 1, the share of the steps in which it is.
         image: the picture to start from, for img2img and inpainting.
         mask_image: white = repaint; needs `image` and makes it inpainting.
         strength: 0 to 1, how much of the schedule to run: `int(num_inference_steps * strength)`.
@@ -125,6 +142,11 @@ class Request:
     guidance_rescale: float = 0.0
     output_type: str = "pil"
     loras: Sequence[Any] = ()
+    controlnet: Any = None
+    control_image: Any = field(default=None, repr=False)
+    controlnet_conditioning_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
     image: Any = field(default=None, repr=False)
     mask_image: Any = field(default=None, repr=False)
     strength: float | None = None
@@ -170,6 +192,9 @@ class Request:
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
         self._number("strength", 0, 1)
+        self._number("controlnet_conditioning_scale", 0, 10)
+        self._number("control_guidance_start", 0, 1)
+        self._number("control_guidance_end", 0, 1)
         if self.output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", self.output_type, f"one of {OUTPUT_TYPES}")
 
@@ -180,6 +205,7 @@ class Request:
                 raise InvalidRequest("eta", self.eta, f"{name} takes no eta; {able} do")
             self._set("scheduler", str(name))
         self._take_pictures()
+        self._take_control()
 
     def _take_loras(self, tags: Sequence[LoraUse]) -> None:
         given = self.loras
@@ -208,6 +234,28 @@ class Request:
             hint = f"must have the size of the image, {self.image.width} x {self.image.height}"
             size = f"{self.mask_image.width} x {self.mask_image.height}"
             raise InvalidRequest("mask_image", size, hint)
+
+    def _take_control(self) -> None:
+        if self.controlnet is None:
+            picture, *numbers = OF_CONTROL
+            given = [picture] if self.control_image is not None else []
+            given += [name for name in numbers if getattr(self, name) != getattr(Request, name)]
+            if given:
+                hint = "goes with a controlnet; name one"
+                raise InvalidRequest(given[0], getattr(self, given[0]), hint)
+            return
+        self._set("controlnet", controlnet.find(self.controlnet))
+        if self.control_image is None:
+            hint = "it follows a picture; give one as control_image"
+            raise InvalidRequest("controlnet", self.controlnet.name, hint)
+        self._set("control_image", load_image(self.control_image, "control_image"))
+        if self.padding_mask_crop is not None and self.control_image.size != self.image.size:
+            hint = f"must have the size of the image, {self.image.width} x {self.image.height}"
+            size = f"{self.control_image.width} x {self.control_image.height}"
+            raise InvalidRequest("control_image", size, hint)
+        if self.control_guidance_start >= self.control_guidance_end:
+            hint = f"must lie before control_guidance_end, {self.control_guidance_end:g}"
+            raise InvalidRequest("control_guidance_start", self.control_guidance_start, hint)
 
     def resolve(
         self, model: Model, loaded_loras: Mapping[str, LoraUse] | None = None

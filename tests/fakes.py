@@ -8,7 +8,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    DDIMScheduler,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentgen import LatentDiffusion
@@ -119,6 +125,21 @@ KINDS = {
 def parts(kind: str = "4-channel") -> dict:
     """The parts of a tiny model for pictures of 32 x 32 pixels, made once; treat as read-only."""
     return components(sample_size=4, **KINDS[kind])
+
+
+@cache
+def controlnet() -> Path:
+    """The folder of a ControlNet that changes pictures: what such begin with as zeros is noise."""
+    torch.manual_seed(1)
+    net = ControlNetModel.from_unet(
+        parts()["unet"], conditioning_embedding_out_channels=(4, 4, 8, 8)
+    )
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = Path(mkdtemp()) / "lines"
+    net.save_pretrained(folder)
+    return folder
 
 
 @cache

@@ -594,12 +594,15 @@ def settings_of(file: Path, settings: Settings) -> tuple[dict[str, Any], list[st
 
 def request_of_record(known: dict[str, Any]) -> tuple[Request, list[str]]:
     """The request of a record of ours with the LoRAs that are here, and what of it is not."""
+    net = known["request"].get("controlnet")
+    known = metadata.without_control(known)
     request = metadata.request_from_record(known, **stand_ins(*known["pictures"]))
     told = {lora["name"]: lora["sha256"] for lora in known["request"].get("loras", ())}
     there = lorafolder.names_there()
     here = lorafolder.resolve([use for use in request.loras if use.name in there], {})
     names = {use.name for use in here if use.sha256 == told[use.name]}
     lost = [f"the LoRA {name}, which is not here" for name in told if name not in names]
+    lost += ["the ControlNet that it was made with"] if net is not None else []
     return replace(request, loras=here), lost
 
 

@@ -296,6 +296,13 @@ TABLE = [
              "unit/test_once.py::test_keys_and_values"),
     Mutation("the words of other rows", "once", "known is None or known[0] is not x",
              "known is None", "property/test_alone_or_together.py::test_a_long_prompt"),
+    Mutation("a ControlNet that adds nothing", "conditioning",
+             'kwargs["down_block_additional_residuals"] = down', "pass",
+             PARITY + "test_text_to_image_with_a_controlnet[ddim-more0-solo]"),
+    Mutation("a ControlNet one step too long", "conditioning", "(i + 1) / steps <= end",
+             "i / steps <= end", "unit/test_controlnet.py::test_it_works_in_the_steps"),
+    Mutation("a ControlNet that sees the mask's channels", "conditioning", "sample[:, :channels]",
+             "sample", "unit/test_controlnet.py::test_it_sees_what_the_unet_sees"),
     Mutation("all threads see one LoRA", "adapters",
              'ContextVar("applied", default={})',
              'type("Shared", (), {"now": {}, "get": lambda self: self.now, "set": lambda self, '

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from fakes import drawer, parts
+from fakes import controlnet, drawer, parts
+from PIL import Image
 
 from latentgen import LatentDiffusion, schedulers
 
@@ -80,8 +85,10 @@ def stock_scheduler(name, **more):
 
 def stock(pipeline, scheduler, prompt="a red apple", kind="4-channel", num_images=1, **options):
     """What diffusers draws, with one generator for each picture."""
+    control = "ControlNet" in pipeline.__name__
     pipe = pipeline(
         **{**parts(kind), "scheduler": scheduler},
+        **({"controlnet": ControlNetModel.from_pretrained(controlnet())} if control else {}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -270,3 +277,72 @@ def test_the_models_own_scheduler_also_with_an_outdated_configuration(cls, optio
     pipe = LatentDiffusion(**{**parts(), "scheduler": own})
     found = pipe.generate("a red apple", seed=SEED, output_type="np", **common).images
     assert_same(found, stock(StableDiffusionPipeline, other, **common))
+
+
+@pytest.fixture
+def control():
+    """A ControlNet, and what it sees: of another size than what is drawn."""
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    return {"controlnet": controlnet(), "control_image": Image.fromarray(pixels)}
+
+
+PART_OF_THE_STEPS = {"control_guidance_start": 0.25, "control_guidance_end": 0.8}
+with_a_controlnet = pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("ddim", {}),
+        ("euler_a", {"controlnet_conditioning_scale": 0.7}),
+        ("dpm++_2m", {"controlnet_conditioning_scale": 1.5, **PART_OF_THE_STEPS}),
+        ("heun", PART_OF_THE_STEPS),
+    ],
+)
+
+
+@batch_and_guidance
+@with_a_controlnet
+def test_text_to_image_with_a_controlnet(name, more, num_images, guidance_scale, control):
+    common = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "num_images": num_images}
+    common |= {"height": 32, "width": 32, "controlnet_conditioning_scale": 1.0, **more}
+    scheduler = stock_scheduler(name)
+    picture = control["control_image"]
+    expected = stock(StableDiffusionControlNetPipeline, scheduler, image=picture, **common)
+    assert_same(ours(scheduler=name, **control, **common), expected)
+    assert not np.array_equal(ours(scheduler=name, num_inference_steps=4), expected[:1])
+
+
+@solo_or_guided_pair
+@with_a_controlnet
+def test_image_to_image_with_a_controlnet(name, more, num_images, guidance_scale, control, picture):
+    common = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "num_images": num_images}
+    common |= {"image": picture, "strength": 0.8, "controlnet_conditioning_scale": 1.0, **more}
+    seen = control["control_image"].resize(picture.size, Image.Resampling.LANCZOS)
+    assert_same(
+        ours(scheduler=name, **control, **common),
+        stock(
+            StableDiffusionControlNetImg2ImgPipeline,
+            stock_scheduler(name),
+            control_image=seen,
+            **common,
+        ),
+    )
+
+
+@solo_or_guided_pair
+@with_a_controlnet
+def test_inpainting_with_a_controlnet(
+    name, more, num_images, guidance_scale, control, picture, mask
+):
+    common = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "strength": 1.0}
+    common |= {"controlnet_conditioning_scale": 1.0, "output_type": "latent", **more}
+    expected = stock(
+        StableDiffusionControlNetInpaintPipeline,
+        stock_scheduler(name),
+        prompt=["a red apple"] * num_images,
+        image=[picture] * num_images,
+        mask_image=[mask] * num_images,
+        control_image=[control["control_image"].resize(picture.size, Image.Resampling.LANCZOS)]
+        * num_images,
+        **common,
+    )
+    common |= {"image": picture, "mask_image": mask, "num_images": num_images}
+    assert_same(ours(scheduler=name, **control, **common), expected)

@@ -411,6 +411,15 @@ def test_what_the_form_lacks_is_told(server, settings, tmp_path):
     assert "model" not in values
     assert lost[0] == "the model another, which is not here"
 
+    record["request"] |= {"controlnet": {"name": "lines"}, "control_guidance_end": 0.5}
+    record["pictures"]["control_image"] = "0123"
+    (tmp_path / "led.png").write_bytes(
+        metadata.encode(Image.new("RGB", (8, 8)), "PNG", "", record, 95)
+    )
+    again, lost = page.settings_of(tmp_path / "led.png", settings)
+    assert again == values
+    assert "the ControlNet that it was made with" in lost
+
 
 def holes(mask: Image.Image) -> Image.Image:
     """As OpenAI has masks: transparent where it is redrawn."""

@@ -152,6 +152,27 @@ def test_inpainting_keeps_the_rest_and_replays_with_its_pictures(run, model, dra
     assert "image is not the picture" in run(*again, "black.png", status=1).stdout
 
 
+def test_a_controlnet_is_followed_and_asked_for_again(run, model, drawn):
+    told = ("--controlnet", fakes.controlnet(), "--control-image", "in.png")
+    call = ("generate", "a dog", "-m", model, "--steps", 4, "--seed", 4)
+    run(*call, "-o", "plain.png")
+    run(*call, *told, "--control-guidance-end", 0.5, "-o", "led.png")
+    assert not np.array_equal(
+        np.asarray(Image.open("led.png")), np.asarray(Image.open("plain.png"))
+    )
+    request = metadata.read("led.png").record["request"]
+    assert request["controlnet"]["name"] == "lines"
+    assert request["control_guidance_end"] == 0.5
+
+    again = ("replay", "led.png", "-m", model)
+    assert "--control-image FILE" in run(*again, status=2).stderr
+    assert "--controlnet FOLDER" in run(*again, *told[2:], status=2).stderr
+    assert "largest pixel difference: 0\n" in run(*again, *told).stdout
+    assert "leave it out" in run("replay", "plain.png", "-m", model, *told[:2], status=2).stderr
+    refused = run(*call, "--control-image", "in.png", status=2).stderr
+    assert refused.startswith("error: control-image=")
+
+
 def test_img2img_of_a_webui_picture_can_be_replayed(run, model, drawn):
     text = "a dog\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 64x64, "
     text += "Denoising strength: 0.5, ENSD: 31337"

@@ -1,0 +1,270 @@
+"""ControlNets: what is refused, what it costs, and what a picture tells of it."""
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import fakes
+import numpy as np
+import pytest
+from diffusers import ControlNetModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from PIL import Image
+
+from latentgen import InvalidRequest, LatentDiffusion, metadata
+from latentgen.conditioning import control_scales
+from latentgen.request import Request
+
+CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 4, "output_type": "np"}
+
+
+@pytest.fixture
+def lines():
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def control(lines):
+    return {"controlnet": fakes.controlnet(), "control_image": lines}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A ControlNet's folder to break."""
+    return shutil.copytree(fakes.controlnet(), tmp_path / "lines")
+
+
+def rewrite(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0, 1, [2, 2, 2, 2]),
+        (0.25, 1, [0, 2, 2, 2]),
+        (0, 0.75, [2, 2, 2, 0]),
+        (0.3, 0.7, [0, 0, 0, 0]),  # no step lies in it whole
+        (0.3, 0.75, [0, 0, 2, 0]),
+    ],
+)
+def test_it_works_in_the_steps_that_lie_between_start_and_end(start, end, expected):
+    assert control_scales(2.0, start, end, 4) == expected
+
+
+def test_at_no_strength_the_picture_is_that_of_no_controlnet_and_it_is_not_asked(
+    pipe, control, monkeypatch
+):
+    plain = pipe.generate(**CALL).images
+    strong = pipe.generate(**CALL, **control).images
+    assert not np.array_equal(plain, strong)
+    calls = Counter()
+    real = ControlNetModel.forward
+
+    def forward(self, *args, **kwargs):
+        calls["forward"] += 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ControlNetModel, "forward", forward)
+    off = pipe.generate(**CALL, **control, controlnet_conditioning_scale=0).images
+    np.testing.assert_array_equal(off, plain)
+    assert calls["forward"] == 0
+    pipe.generate(**CALL, **control, control_guidance_end=0.5)
+    assert calls["forward"] == 2
+
+
+def test_it_is_read_once_and_looks_at_its_picture_once_a_drawing(control, monkeypatch):
+    pipe = LatentDiffusion(**fakes.parts())
+    calls = Counter()
+    looks, reads = ControlNetConditioningEmbedding.forward, ControlNetModel.from_pretrained
+
+    def look(self, x):
+        calls["look"] += 1
+        return looks(self, x)
+
+    def read(*args, **kwargs):
+        calls["read"] += 1
+        return reads(*args, **kwargs)
+
+    monkeypatch.setattr(ControlNetConditioningEmbedding, "forward", look)
+    monkeypatch.setattr(ControlNetModel, "from_pretrained", read)
+    first = pipe.generate(**CALL, **control).images
+    assert calls == {"look": 1, "read": 1}
+    again = pipe.generate(**CALL, **control).images
+    assert calls == {"look": 2, "read": 1}
+    np.testing.assert_array_equal(first, again)
+
+
+def test_each_picture_is_the_one_it_is_alone_also_beside_a_longer_prompt(pipe, control):
+    """Rows of one length go through both networks together, with their own picture."""
+    prompts = ["a red apple", "a house " * 20]
+    call = {**CALL, **control, "guidance_scale": 5.0}
+    together = pipe.generate(**call | {"prompt": prompts}).images
+    for k, prompt in enumerate(prompts):
+        alone = pipe.generate(**call | {"prompt": prompt, "seed": CALL["seed"] + k}).images
+        np.testing.assert_allclose(together[k], alone[0], atol=1e-5)  # batches differ in last bits
+
+
+def test_it_sees_the_part_of_its_picture_that_is_repainted(pipe, lines, mask):
+    """Cut like the image: what lies outside of the part does not matter, what lies inside does."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (4, 4, 20, 20))
+    picture = Image.new("RGB", (64, 64), "orange")
+    call = {**CALL, "image": picture, "mask_image": mask, "padding_mask_crop": 4}
+    call |= {"controlnet": fakes.controlnet(), "height": 32, "width": 32}
+
+    def drawn(place):
+        seen = Image.new("RGB", (64, 64))
+        seen.paste(lines.resize((16, 16)), place)
+        return pipe.inpaint(**call, control_image=seen).images
+
+    inside, outside, nothing = drawn((4, 4)), drawn((44, 44)), drawn((64, 64))
+    assert not np.array_equal(inside, nothing)
+    np.testing.assert_array_equal(outside, nothing)
+
+
+def test_it_sees_what_the_unet_sees_of_the_latents_and_no_mask(control, picture, mask):
+    """Of the nine channels of an inpainting model, the first four."""
+    pipe = fakes.drawer("9-channel")
+    call = CALL | control | {"image": picture, "mask_image": mask}
+    led = pipe.inpaint(**call).images
+    assert not np.array_equal(led, pipe.inpaint(**call, controlnet_conditioning_scale=0).images)
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "told"),
+    [
+        ({"control_image": Image.new("RGB", (8, 8))}, "control_image", "goes with a controlnet"),
+        ({"control_guidance_end": 0.5}, "control_guidance_end", "goes with a controlnet"),
+        ({"controlnet": "nowhere"}, "controlnet", "no such folder; give one in the diffusers"),
+        ({"controlnet": 7}, "controlnet", "a folder, a name or a hub id"),
+        ({"controlnet": "some/where"}, "controlnet", "not on this machine"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(given, field, told):
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        Request(prompt="a cat", **given)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("more", "field", "told"),
+    [
+        ({"control_image": None}, "controlnet", "give one as control_image"),
+        ({"control_image": "nowhere.png"}, "control_image", "no such file"),
+        ({"controlnet_conditioning_scale": 11}, "controlnet_conditioning_scale", "between 0 and"),
+        (
+            {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
+            "control_guidance_start",
+            "must lie before control_guidance_end, 0.5",
+        ),
+    ],
+)
+def test_so_is_what_is_wrong_with_it(control, more, field, told):
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        Request(prompt="a cat", **control | more)
+    assert caught.value.field == field
+
+
+def test_a_cut_controlnet_picture_has_the_size_of_the_image(control):
+    pictures = {"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
+    with pytest.raises(InvalidRequest, match="must have the size of the image, 64 x 64"):
+        Request(prompt="a cat", **control, **pictures, padding_mask_crop=8)
+
+
+def test_folders_that_hold_no_controlnet_are_refused(folder, lines):
+    def refused(told):
+        with pytest.raises(InvalidRequest, match=told) as caught:
+            Request(prompt="a cat", controlnet=folder, control_image=lines)
+        assert caught.value.field == "controlnet"
+
+    rewrite(folder, global_pool_conditions=True)
+    refused("shuffle")
+    rewrite(folder, _class_name="T2IAdapter")
+    refused("a T2IAdapter, not a ControlNetModel")
+    (folder / "config.json").unlink()
+    refused("cannot be read as JSON")
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    refused("damaged or not a safetensors file")
+    file.rename(file.with_suffix(".bin"))
+    refused("pickle")
+
+
+@pytest.mark.parametrize("name", ["cross_attention_dim", "block_out_channels"])
+def test_one_for_another_model_is_refused_before_its_weights_are_read(
+    pipe, folder, lines, name, monkeypatch
+):
+    monkeypatch.setattr(ControlNetModel, "from_pretrained", None)
+    rewrite(folder, **{name: [8, 32] if name == "block_out_channels" else 32})
+    with pytest.raises(InvalidRequest, match=rf"made for another model: its {name} is .*32"):
+        pipe.generate(**CALL, controlnet=folder, control_image=lines)
+
+
+def test_weights_that_are_missing_are_told(pipe, folder, lines):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    weights.pop("conv_in.bias")
+    save_file(weights, file)
+    with pytest.raises(InvalidRequest, match=r"do not fit together .*lack conv_in\.bias"):
+        pipe.generate(**CALL, controlnet=folder, control_image=lines)
+
+
+def test_one_in_latentgens_folder_is_called_by_its_name(pipe, control, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
+    shutil.copytree(control["controlnet"], tmp_path / "controlnets" / "edges")
+    named = pipe.generate(**CALL, **control | {"controlnet": "edges"}).images
+    np.testing.assert_array_equal(named, pipe.generate(**CALL, **control).images)
+
+
+def test_a_picture_tells_its_controlnet_and_never_where_it_was(pipe, control, tmp_path):
+    call = CALL | control | {"output_type": "pil", "controlnet_conditioning_scale": 0.7}
+    result = pipe.generate(**call, control_guidance_start=0.25)
+    (file,) = result.save(tmp_path / "apple.png")
+    picture = metadata.read(file)
+    digits = result.request.controlnet.hash()
+    assert re.fullmatch("[0-9a-f]{10}", digits)
+    assert metadata.parse_infotext(picture.infotext).fields["ControlNet 0"] == (
+        f"Module: none, Model: lines [{digits}], Weight: 0.7, Guidance Start: 0.25, Guidance End: 1"
+    )
+    assert picture.record["request"]["controlnet"] == {"name": "lines", "hash": digits}
+    assert set(picture.record["pictures"]) == {"control_image"}
+    assert str(control["controlnet"].parent) not in json.dumps(picture.record)
+
+    given = {"control": control["controlnet"], "control_image": control["control_image"]}
+    again = pipe.draw(metadata.request_from_record(picture.record, **given))
+    *_, last = again
+    assert last.result.image.tobytes() == result.image.tobytes()
+    assert metadata.differences(picture.record, last.result) == []
+    for name in ("lines", str(control["controlnet"])):  # a folder that is there, but not in ours
+        picture.record["request"]["controlnet"]["name"] = name
+        with pytest.raises(InvalidRequest, match="which is not here; name it: --controlnet"):
+            metadata.request_from_record(picture.record, control_image=control["control_image"])
+
+    plain = metadata.request_from_record(metadata.without_control(picture.record))
+    assert (plain.controlnet, plain.control_image, plain.seed) == (None, None, CALL["seed"])
+
+
+def test_another_controlnet_is_noticed(pipe, control, folder):
+    first = pipe.generate(**CALL | control | {"output_type": "pil"})
+    (file,) = folder.glob("*.safetensors")
+    weights = file.read_bytes()
+    file.write_bytes(weights[:-4] + b"\0\0\0\0")
+    known = metadata.record(first, 0)
+    given = {"control": folder, "control_image": control["control_image"]}
+    *_, last = pipe.draw(metadata.request_from_record(known, **given))
+    told = "the ControlNet lines is not the one that it was made with"
+    assert metadata.differences(known, last.result) == [told]
+
+
+def test_a_picture_without_one_takes_none(pipe, control):
+    known = metadata.record(pipe.generate(**CALL | {"output_type": "pil"}), 0)
+    assert "controlnet" not in known["request"]
+    assert "control_guidance_end" not in known["request"]
+    with pytest.raises(InvalidRequest, match="was not made with one; leave it out"):
+        metadata.request_from_record(known, control=control["controlnet"])
