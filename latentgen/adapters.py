@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidRequest
 from .lora import Layer, Lora
+from .lorafolder import PARTS
 
 __all__ = ["Adapter", "Changes", "adapted", "applied", "fit", "weighted"]
 
@@ -66,18 +67,20 @@ _applied: ContextVar[Changes] = ContextVar("applied", default={})  # noqa: B039 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA, fitted to the modules of a U-Net and a text encoder; it changes nothing by itself."""
+    """A LoRA, fitted to the modules of a U-Net and of the text encoders; it changes nothing by
+    itself."""
 
     unet: dict[nn.Module, Change]
     text_encoder: dict[nn.Module, Change]
 
 
 def fit(
-    lora: Lora, unet: nn.Module, text_encoder: nn.Module, device: torch.device, source: object
+    lora: Lora, models: Mapping[str, nn.Module], device: torch.device, source: object
 ) -> Adapter:
     """Fit a LoRA to a model.
 
     Args:
+        models: the parts of the model, by their names (`PARTS`).
         device: where the model runs.
         source: what to call the LoRA in an error.
 
@@ -85,14 +88,20 @@ def fit(
         InvalidRequest: it is for another architecture; lists what does not fit.
     """
     misfits: list[str] = []
-    parts = (lora.unet, unet), (lora.text_encoder, text_encoder)
-    fitted = [_fit_part(layers, model, device, misfits) for layers, model in parts]
+    fitted: dict[str, dict[nn.Module, Change]] = {}
+    for part in PARTS:
+        layers = getattr(lora, part)
+        fitted[part] = {}
+        if part in models:
+            fitted[part] = _fit_part(layers, models[part], device, misfits)
+        else:
+            misfits += [f"{part}.{path}: the model has no {part}" for path in layers]
     if misfits:
         listed = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
-        count = len(lora.unet) + len(lora.text_encoder)
+        count = len(lora.layers)
         hint = f"made for another model: {len(misfits)} of {count} layers do not fit: {listed}"
         raise InvalidRequest("loras", str(source), hint)
-    return Adapter(*fitted)
+    return Adapter(fitted["unet"], fitted["text_encoder"] | fitted["text_encoder_2"])
 
 
 def weighted(parts: Iterable[tuple[dict[nn.Module, Change], float]]) -> Changes:

@@ -86,6 +86,7 @@ def controlled(unet: Callable, controlnet: Callable, channels: int) -> Callable:
                 encoder_hidden_states=encoder_hidden_states,
                 controlnet_cond=controlnet_cond,
                 conditioning_scale=conditioning_scale,
+                added_cond_kwargs=kwargs.get("added_cond_kwargs"),
                 return_dict=False,
             )
             kwargs["down_block_additional_residuals"] = down

@@ -2,6 +2,7 @@
 
 diffusers  {token: (n, dim)} or {token: (dim,)}
 WebUI      {"emb_params": (n, dim)}, called by the name of the file
+SDXL       {"clip_l": (n, dim), "clip_g": (n, other dim)}, of its two text encoders, called so too
 
 A word of n vectors is n tokens: `word`, `word_1` and so on. One of letters is found only where it
 stands alone: `cat` is not in `concatenate`.
@@ -24,8 +25,8 @@ from .modelfolder import CONVERT, PICKLES, read_header
 __all__ = ["add_word", "parts_of_word", "read_embedding", "said", "spelled_out"]
 
 
-def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, Tensor]:
-    """The word and its vectors (n, dim).
+def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, list[Tensor]]:
+    """The word and its vectors, (n, dim) for each text encoder.
 
     Args:
         token: the word; None: the one in the file, or the file's name without its ending.
@@ -39,23 +40,27 @@ def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, Ten
     if file.suffix.lower() in PICKLES:
         raise InvalidRequest("path", str(file), CONVERT)
     shapes = read_header(file, "path", "embedding")
-    if "clip_l" in shapes:
-        hint = "it is one for SDXL; latentgen draws with models of Stable Diffusion 1 and 2"
-        raise InvalidRequest("path", str(file), hint)
-    if len(shapes) != 1:
+    is_xl = shapes.keys() == {"clip_l", "clip_g"}
+    if len(shapes) != 1 and not is_xl:
         hint = f"a textual inversion holds one word, this file {len(shapes)} tensors"
         raise InvalidRequest("path", str(file), hint)
-    ((word, vectors),) = load_file(file).items()
-    if vectors.ndim not in (1, 2) or vectors.numel() == 0 or not vectors.is_floating_point():
-        hint = f"not vectors, but {tuple(vectors.shape)} of {vectors.dtype}"
+    tensors = load_file(file)
+    for vectors in tensors.values():
+        if vectors.ndim not in (1, 2) or vectors.numel() == 0 or not vectors.is_floating_point():
+            hint = f"not vectors, but {tuple(vectors.shape)} of {vectors.dtype}"
+            raise InvalidRequest("path", str(file), hint)
+        if not torch.isfinite(vectors.float()).all():
+            raise InvalidRequest("path", str(file), "it has numbers that are not finite")
+    each = [one.reshape(-1, one.shape[-1]) for _, one in sorted(tensors.items(), reverse=True)]
+    if len({len(one) for one in each}) > 1:
+        hint = f"its two parts have {len(each[0])} and {len(each[1])} vectors"
         raise InvalidRequest("path", str(file), hint)
-    if not torch.isfinite(vectors.float()).all():
-        raise InvalidRequest("path", str(file), "it has numbers that are not finite")
     if token is None:
-        token = file.stem if word in ("emb_params", "*") else word
+        (word, *_) = tensors
+        token = file.stem if is_xl or word in ("emb_params", "*") else word
     if not isinstance(token, str) or token.split() != [token]:
         raise InvalidRequest("token", token, "a word without spaces")
-    return token, vectors.reshape(-1, vectors.shape[-1])
+    return token, each
 
 
 def add_word(tokenizer, token: str, count: int, field: str = "token") -> list[int]:

@@ -88,6 +88,7 @@ def decode(vae, latents: Tensor) -> Tensor:
 @torch.inference_mode()
 def decode_unchecked(vae, latents: Tensor) -> Tensor:
     """`decode` as it comes; values that are not finite become NaN."""
+    latents = latents.to(vae.dtype)
     pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     pixels = pixels.masked_fill(~pixels.isfinite(), torch.nan)  # clamp would hide infinities
     return (pixels * 0.5 + 0.5).clamp(0, 1).float()

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import InvalidRequest
-from .lorafolder import checked, files_of
+from .lorafolder import PARTS, checked, files_of
 from .lorakeys import flatten_path, place, unflatten_path
 from .outputs import check_file, check_folder, write_file
 
@@ -53,7 +53,6 @@ LAYOUTS = ("kohya", "diffusers", "peft")
 MANIFEST = "latentgen.manifest"
 
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration
-_PARTS = ("unet", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,16 @@ class Lora:
 
     unet: dict[str, Layer]
     text_encoder: dict[str, Layer]
+    text_encoder_2: dict[str, Layer] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     layout: str = "kohya"
 
     @property
     def layers(self) -> dict[str, Layer]:
-        """All layers; the text encoder's and the U-Net's paths have nothing in common."""
-        return {**self.unet, **self.text_encoder}
+        """All layers. The U-Net's and a text encoder's paths have nothing in common; those of the
+        second text encoder begin with its name."""
+        second = {f"text_encoder_2.{path}": layer for path, layer in self.text_encoder_2.items()}
+        return {**self.unet, **self.text_encoder, **second}
 
 
 # Reading.
@@ -115,7 +117,7 @@ def read_lora(file: str | Path) -> Lora:
 
     Args:
         file: a `.safetensors` file, or a folder with the two files of PEFT, or with such folders
-            named `unet` and `text_encoder`.
+            named after the parts of the model, `unet` and `text_encoder`.
 
     Raises:
         InvalidRequest: it is missing, damaged, not a LoRA, has numbers that are not finite, or was
@@ -137,6 +139,8 @@ def read_lora(file: str | Path) -> Lora:
             known = place(key)
             assert known is not None  # or it would have been refused
             part, module, role = known
+            if own is not None and part != "unet" and source.parent.name == "text_encoder_2":
+                part = "text_encoder_2"
             is_kohyas = key.startswith("lora_")
             layout = "kohya" if is_kohyas else layout
             if role == "magnitude":
@@ -149,7 +153,7 @@ def read_lora(file: str | Path) -> Lora:
     for config in configs.values():
         _check_plain(path, config)
 
-    layers: dict[str, dict[str, Layer]] = {part: {} for part in _PARTS}
+    layers: dict[str, dict[str, Layer]] = {part: {} for part in PARTS}
     for (part, module), roles in tensors.items():
         down, up = roles["down"], roles["up"]
         if "alpha" in roles:
@@ -159,7 +163,7 @@ def read_lora(file: str | Path) -> Lora:
         layers[part][module] = Layer(down, up, alpha, roles.get("magnitude"))
     metadata.pop("format", None)
     metadata.pop(_ADAPTER_METADATA, None)
-    return Lora(layers["unet"], layers["text_encoder"], metadata, layout)
+    return Lora(**layers, metadata=metadata, layout=layout)
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,7 +189,7 @@ def _configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 for key, value in packed.items()
                 if key.startswith(f"{part}.")
             }
-            for part in _PARTS
+            for part in PARTS
             if f"{part}.lora_alpha" in packed
         }
     except (ValueError, TypeError, AttributeError) as error:
@@ -276,8 +280,8 @@ def write_lora(
     """Write a LoRA, whole or not at all.
 
     Args:
-        file: a `.safetensors` file; for the layout "peft" a folder, in which `unet` and
-            `text_encoder` become folders.
+        file: a `.safetensors` file; for the layout "peft" a folder, in which each part of the
+            model becomes a folder.
         layout: one of `LAYOUTS`.
         dtype: of the matrices; None leaves them as they are. Alphas and magnitudes are not rounded.
 
@@ -290,8 +294,7 @@ def write_lora(
     if layout != "peft" and path.suffix != ".safetensors":
         raise InvalidRequest("file", str(path), "the name must end in .safetensors")
     (check_folder if layout == "peft" else check_file)(path, "file")
-    parts = {"unet": lora.unet, "text_encoder": lora.text_encoder}
-    parts = {part: layers for part, layers in parts.items() if layers}
+    parts = {part: layers for part in PARTS if (layers := getattr(lora, part))}
     if layout == "kohya":
         tensors = _kohya_tensors(parts, dtype)
         _write_safetensors(path, tensors, _minimum(lora) | lora.metadata)
@@ -425,13 +428,15 @@ def convert(
 def describe(lora: Lora) -> dict[str, str]:
     """What a LoRA holds, for people."""
     facts = {"layout": lora.layout}
-    for part, layers in (("U-Net", lora.unet), ("text encoder", lora.text_encoder)):
+    for name, part in (("U-Net", "unet"), *((p.replace("_", " "), p) for p in PARTS[1:])):
+        layers = getattr(lora, part)
         if not layers:
-            facts[part] = "not changed"
+            if part != "text_encoder_2":  # which most models do not have
+                facts[name] = "not changed"
             continue
         norms = [layer.change(torch.float32).norm().item() for layer in layers.values()]
         dora = any(layer.magnitude is not None for layer in layers.values())
-        facts[part] = (
+        facts[name] = (
             f"{len(layers)} layers, rank {_range(x.rank for x in layers.values())}, "
             f"alpha {_range(x.alpha for x in layers.values())}, "
             f"norm of the change {_range(norms)}" + (", DoRA" if dora else "")
@@ -461,10 +466,12 @@ def _kohya_tensors(
     parts: Mapping[str, Mapping[str, Layer]], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     tensors = {}
+    first = "te1" if "text_encoder_2" in parts else "te"
+    starts = {"unet": "unet", "text_encoder": first, "text_encoder_2": "te2"}
     for part, layers in parts.items():
-        start = "lora_unet_" if part == "unet" else "lora_te_text_model_"
         for path, layer in layers.items():
-            name = start + flatten_path(path)
+            of_model = "" if part == "unet" or path == "text_projection" else "text_model_"
+            name = f"lora_{starts[part]}_{of_model}{flatten_path(path)}"
             tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype or layer.down.dtype)
             tensors[f"{name}.lora_up.weight"] = layer.up.to(dtype or layer.up.dtype)
             tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
@@ -479,9 +486,9 @@ def _kohya_tensors(
 def _peft_tensors(
     layers: Mapping[str, Layer], dtype: torch.dtype | None, part: str | None = None
 ) -> dict[str, Tensor]:
-    """PEFT's keys; `part` "text_encoder" is spelt as diffusers does."""
+    """PEFT's keys; those of a `part` that is a text encoder are spelt as diffusers does."""
     start, down, up, magnitude = "", "lora_A", "lora_B", "lora_magnitude_vector"
-    if part == "text_encoder":
+    if part is not None and part != "unet":
         start, down, up = "text_model.", "lora_linear_layer.down", "lora_linear_layer.up"
         magnitude = "lora_magnitude_vector.weight"  # transformers reads it under this name only
     tensors = {}
@@ -521,7 +528,7 @@ def _minimum(lora: Lora) -> dict[str, str]:
     alphas = {layer.alpha for layer in lora.layers.values()}
     return {
         "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
+        "ss_base_model_version": "sdxl_base_v1-0" if lora.text_encoder_2 else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",

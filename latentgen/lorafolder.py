@@ -25,6 +25,7 @@ from .lorakeys import check_header
 from .modelfolder import CONVERT, PICKLES, file_sha256
 
 __all__ = [
+    "PARTS",
     "LoraUse",
     "checked",
     "files_of",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 MAX_WEIGHT = 100.0
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # of a model; a LoRA has layers of some
 _TAG = re.compile(r"<lora:([^<>]*)>")
 
 
@@ -174,7 +176,7 @@ def folder() -> Path:
 def _name_of(path: Path) -> str:
     """What a LoRA is called: as its file, or as its folder where programs call all files alike."""
     if path.stem in ("pytorch_lora_weights", "adapter_model"):
-        above = [one for one in path.resolve().parents if one.name not in ("unet", "text_encoder")]
+        above = [one for one in path.resolve().parents if one.name not in PARTS]
         if above[0].name and above[0] != folder().resolve():
             return above[0].name
     return path.stem if path.suffix == ".safetensors" else path.name
@@ -187,7 +189,7 @@ def files_of(path: Path) -> list[Path]:
         settings = path.with_name(names[1])
         return [path, settings] if path.name == names[0] and settings.is_file() else [path]
     found = [path / name for name in names]
-    found += [path / part / name for part in ("text_encoder", "unet") for name in names]
+    found += [path / part / name for part in PARTS for name in names]
     return [file for file in found if os.path.isfile(file)]
 
 

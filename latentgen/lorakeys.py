@@ -28,7 +28,7 @@ _ROLES = {
     "alpha": "alpha",
 }
 _KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:(unet|text_encoder)\.)?(.+)"
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder(?:_2)?)\.)?(.+)"
     rf"\.({'|'.join(map(re.escape, _ROLES))})(?:\.default)?(?:\.weight)?"
 )
 # The words of module paths that have an underscore of their own.
@@ -41,7 +41,27 @@ _WORDS = (
     *("transformer_blocks", "up_blocks", "v_proj"),
 )
 _WORD = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?:_|$)")
-_SDXL = re.compile(r"lora_te2_|text_encoder_2\.|lora_unet_(input|middle|output)_block|.*label_emb")
+_KOHYAS_PARTS = {
+    "unet": "unet",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+}
+# The names of the original repositories, in which kohya writes the U-Net of SDXL.
+_ORIGINAL = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
+_ORIGINAL_RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def check_header(file: Path) -> None:
@@ -66,9 +86,8 @@ def check_header(file: Path) -> None:
             strange.append(f"{part}.{path} ({wrong})")
     if strange:
         listed = ", ".join(strange[:10]) + (", ..." if len(strange) > 10 else "")
-        other = "it is one for SDXL: " if any(map(_SDXL.match, shapes)) else ""
-        hint = f"{len(strange)} of its parts are not those of a Stable Diffusion 1 or 2 LoRA"
-        raise InvalidRequest("loras", str(file), f"{other}{hint}: {listed}")
+        hint = f"{len(strange)} of its parts are not those of a Stable Diffusion LoRA"
+        raise InvalidRequest("loras", str(file), f"{hint}: {listed}")
 
 
 def place(key: str) -> tuple[str, str, str] | None:
@@ -77,15 +96,16 @@ def place(key: str) -> tuple[str, str, str] | None:
     if found is None:
         return None
     part, path, role = found.groups()
-    if flat := re.fullmatch(r"lora_(unet|te1?)_(.+)", path):
-        part = "unet" if flat[1] == "unet" else "text_encoder"
-        path = unflatten_path(flat[2])
+    if flat := re.fullmatch(r"lora_(unet|te[12]?)_(.+)", path):
+        part = _KOHYAS_PARTS[flat[1]]
+        path = unflatten_path(_modern_flat(flat[2]) if part == "unet" else flat[2])
     path = path.removeprefix("text_model.")
     root = path.partition(".")[0]
-    owner = "unet" if root in _UNET_ROOTS else "text_encoder" if root in _TEXT_ROOTS else None
-    if owner is None or part not in (None, owner):
+    encoders = ("text_encoder", "text_encoder_2") if root in _TEXT_ROOTS else ()
+    owners = ("unet",) if root in _UNET_ROOTS else encoders
+    if not owners or part not in (None, *owners):
         return None
-    return owner, path, _ROLES[role]
+    return part if part is not None else owners[0], path, _ROLES[role]
 
 
 def flatten_path(path: str) -> str:
@@ -96,6 +116,26 @@ def flatten_path(path: str) -> str:
 def unflatten_path(flat: str) -> str:
     """The module path that kohya wrote flat: `mid_block_resnets_0` is `mid_block.resnets.0`."""
     return ".".join(_WORD.findall(flat))
+
+
+def _modern_flat(flat: str) -> str:
+    """A flat name of the original repositories in diffusers' words, others as they are:
+    `input_blocks_4_1_proj_in` is `down_blocks_1_attentions_0_proj_in`. All of Stable Diffusion has
+    two resnets in a block, so each third of the input blocks goes down."""
+    if found := re.fullmatch(r"middle_block_([012])_(.+)", flat):
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(found[1])]
+        return f"mid_block_{place}_{_ORIGINAL_RESNET.get(found[2], found[2])}"
+    found = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d)_(.+)", flat)
+    if found is None or flat in _ORIGINAL:
+        return _ORIGINAL.get(flat, flat)
+    side, column, rest = found[1], int(found[3]), found[4]
+    block, layer = divmod(int(found[2]) - (side == "input"), 3)
+    blocks = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+    if rest in ("op", "conv"):
+        return f"{blocks}_{'down' if rest == 'op' else 'up'}samplers_0_conv"
+    if column == 0:
+        return f"{blocks}_resnets_{layer}_{_ORIGINAL_RESNET.get(rest, rest)}"
+    return f"{blocks}_attentions_{layer}_{rest}"
 
 
 def _modern(key: str) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "CONVERT",
     "DEFAULT_MODEL",
     "PICKLES",
+    "XL_GUIDANCE",
     "Model",
     "bundled_models",
     "cached_models",
@@ -52,8 +53,14 @@ _KINDS = {
     "LatentConsistencyModelPipeline",
     "LatentDiffusion",
 }
+_XL_KINDS = {
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+}
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-_WEIGHTS = ("vae", "text_encoder", "unet")
+_XL_PARTS = (*_PARTS, "text_encoder_2", "tokenizer_2")
+_WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "unet")
 _OWN = {  # latentgen.json, and what its values are
     "num_inference_steps": int,
     "guidance_scale": int | float,
@@ -61,6 +68,7 @@ _OWN = {  # latentgen.json, and what its values are
     "height": int,
     "width": int,
 }
+XL_GUIDANCE = 5.0  # by default, as in diffusers
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
@@ -99,6 +107,7 @@ class Model:
         sees_mask: its U-Net has nine input channels and was trained for inpainting alone.
         embeds_guidance: its U-Net takes the guidance scale as an input (latent consistency models),
             so there is no second prediction to guide away from.
+        is_xl: of the kind of SDXL, with two text encoders.
     """
 
     name: str
@@ -116,6 +125,7 @@ class Model:
     variant: str | None = None
     sees_mask: bool = False
     embeds_guidance: bool = False
+    is_xl: bool = False
 
     @property
     def is_single_file(self) -> bool:
@@ -320,21 +330,28 @@ def _from_folder(
         )
     index = read_json(path / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in _KINDS:
-        raise InvalidRequest(
-            "model", str(path), f"a {kind}; latentgen draws with models of Stable Diffusion 1 and 2"
-        )
-    for part in _PARTS:
-        config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+    is_xl = kind in _XL_KINDS
+    if kind not in _KINDS | _XL_KINDS:
+        hint = f"a {kind}; latentgen draws with models of Stable Diffusion 1, 2 and XL"
+        raise InvalidRequest("model", str(path), hint)
+    parts = _XL_PARTS if is_xl else _PARTS
+    if is_xl and index.get("text_encoder") in (None, [None, None]):
+        raise InvalidRequest("model", str(path), "a refiner of SDXL; give the base model")
+    for part in parts:
+        config = "tokenizer_config.json" if part.startswith("tokenizer") else "config.json"
         config = "scheduler_config.json" if part == "scheduler" else config
         if not (path / part / config).is_file():
             raise InvalidRequest("model", str(path), f"its {part}/{config} is missing")
     if hub_id is None:
         for part in _WEIGHTS:
-            check_weights(path / part)
+            if part in parts:
+                check_weights(path / part)
 
     vae = read_json(path / "vae" / "config.json")
     unet = read_json(path / "unet" / "config.json")
+    if vae.get("latents_mean") is not None:
+        hint = "its autoencoder has a latents_mean, which latentgen does not know"
+        raise InvalidRequest("model", str(path), hint)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     sample = unet.get("sample_size") or 64
@@ -350,7 +367,10 @@ def _from_folder(
         "sees_mask": unet.get("in_channels") == 9,
         "embeds_guidance": unet.get("time_cond_proj_dim") is not None,
         "variant": variant_of(path / "unet"),
+        "is_xl": is_xl,
     }
+    if is_xl:
+        facts["guidance_scale"] = XL_GUIDANCE
     own = path / "latentgen.json"
     if own.is_file():
         facts |= _own_defaults(own)
@@ -388,9 +408,8 @@ def _check_checkpoint(file: Path) -> None:
     if not any(name.startswith("model.diffusion_model.") for name in names):
         hint = "no Stable Diffusion checkpoint: it holds no model.diffusion_model"
         raise InvalidRequest("model", str(file), hint)
-    if any(name.startswith("conditioner.") for name in names):
-        hint = "a checkpoint of SDXL; latentgen draws with models of Stable Diffusion 1 and 2"
-        raise InvalidRequest("model", str(file), hint)
+    if "conditioner.embedders.0.model.text_projection" in names:
+        raise InvalidRequest("model", str(file), "a refiner of SDXL; give the base model")
 
 
 @cache

@@ -10,6 +10,7 @@ applied by `adapters.py`, which leaves the weights alone.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ from .embeddings import add_word, read_embedding, said, spelled_out
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
 from .lora import read_lora
-from .lorafolder import LoraUse
+from .lorafolder import PARTS, LoraUse
 from .modelfolder import DEFAULT_MODEL, Model
 from .once import once
 from .request import (
@@ -132,8 +133,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
     with LoRAs of its own. `load_lora` and `load_embedding` are for before or between drawings.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = [*_LEFT_OUT, "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -145,7 +146,10 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         requires_safety_checker: bool = False,
+        force_zeros_for_empty_prompt: bool = True,
     ):
         super().__init__()
         self.register_modules(
@@ -157,8 +161,13 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(requires_safety_checker=False)
+        self.register_to_config(
+            requires_safety_checker=False,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+        )
         self.attention = "sdpa"
         self.model = self._describe()
         self._loras: dict[str, tuple[LoraUse, adapters.Adapter]] = {}
@@ -201,10 +210,11 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         how: dict[str, Any] = {"revision": revision, "variant": found.variant, "dtype": dtype}
         how["use_safetensors"] = True
         try:
-            text_encoder = quietly(_whole_text_encoder, found, source, how)
-            pipe = quietly(
-                super().from_pretrained, source, text_encoder=text_encoder, **how, **_LEFT_OUT
-            )
+            encoders = {
+                part: quietly(_whole_text_encoder, found, part, source, how)
+                for part in ("text_encoder", *["text_encoder_2"] * found.is_xl)
+            }
+            pipe = quietly(super().from_pretrained, source, **encoders, **how, **_LEFT_OUT)
             for part in ("vae", "unet"):  # diffusers leaves what it does not find without numbers
                 parameters = getattr(pipe, part).named_parameters()
                 _refuse_missing(part, [name for name, value in parameters if value.is_meta])
@@ -252,12 +262,19 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save as a folder that every program of the field loads as a Stable Diffusion model."""
         quietly(super().save_pretrained, save_directory, **kwargs)
-        index = Path(save_directory) / "model_index.json"
-        text = index.read_text("utf-8")
-        index.write_text(text.replace('"LatentDiffusion"', '"StableDiffusionPipeline"'), "utf-8")
+        file = Path(save_directory) / "model_index.json"
+        index = modelfolder.read_json(file)
+        index["_class_name"] = f"StableDiffusion{'XL' if self.model.is_xl else ''}Pipeline"
+        others = ["safety_checker", "requires_safety_checker"]
+        if not self.model.is_xl:
+            others = ["text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"]
+        index = {name: value for name, value in index.items() if name not in others}
+        file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         self.model.write_defaults(Path(save_directory))
 
     def _settle(self, found: Model | None, device, attention: str | None, **facts):
+        if self.text_encoder_2 is not None and self.vae.dtype == torch.float16:
+            self.vae.float()  # SDXL's overflows in half precision
         self.to(device)
         if attention == "xformers":
             self.enable_xformers_memory_efficient_attention()
@@ -272,6 +289,9 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         sample = self.unet.config.sample_size or 64
         rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
+        facts: dict[str, Any] = {}
+        if self.text_encoder_2 is not None:
+            facts = {"is_xl": True, "guidance_scale": modelfolder.XL_GUIDANCE}
         return Model(
             name,
             path,
@@ -282,7 +302,14 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             prediction_type=self.scheduler.config.get("prediction_type", "epsilon"),
             sees_mask=self.unet.config.in_channels == 9,
             embeds_guidance=self.unet.config.time_cond_proj_dim is not None,
+            **facts,
         )
+
+    @property
+    def _encoders(self) -> list[tuple[Any, Any]]:
+        """The tokenizers with their text encoders."""
+        first = (self.tokenizer, self.text_encoder)
+        return [first, (self.tokenizer_2, self.text_encoder_2)] if self.model.is_xl else [first]
 
     # LoRAs and textual inversions.
 
@@ -344,14 +371,20 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 is in the tokenizer's vocabulary.
         """
         token, vectors = read_embedding(path, token)
-        rows, width = self.text_encoder.get_input_embeddings().weight.shape
-        if vectors.shape[1] != width:
-            hint = f"made for another model: vectors of {vectors.shape[1]} numbers, not {width}"
+        widths = [model.get_input_embeddings().embedding_dim for _, model in self._encoders]
+        told = [own.shape[1] for own in vectors]
+        if told != widths:
+            numbers = [" and ".join(map(str, each)) for each in (told, widths)]
+            hint = f"made for another model: vectors of {numbers[0]} numbers, not {numbers[1]}"
             raise InvalidRequest("path", str(path), hint)
-        ids = add_word(self.tokenizer, token, len(vectors))
-        rows = max(rows, len(self.tokenizer))
-        table = self.text_encoder.resize_token_embeddings(rows, mean_resizing=False).weight
-        table.data[ids] = vectors.to(table)
+        for (tokenizer, text_encoder), own in zip(self._encoders, vectors, strict=True):
+            ids = add_word(tokenizer, token, len(own))
+            rows = max(text_encoder.get_input_embeddings().num_embeddings, len(tokenizer))
+            table = text_encoder.resize_token_embeddings(rows, mean_resizing=False).weight
+            table.data[ids] = own.to(table)
+            for module in text_encoder.modules():
+                if getattr(module, "eos_token_id", None) == 2:  # it pools the largest id, which
+                    module.eos_token_id = tokenizer.eos_token_id  # is that of the new word now
         self._embeddings[token] = modelfolder.file_sha256(Path(path).expanduser())
         return token
 
@@ -366,7 +399,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
     def _fit_lora(self, use: LoraUse) -> adapters.Adapter:
         assert use.path is not None
         lora = read_lora(use.path)
-        return adapters.fit(lora, self.unet, self.text_encoder, self._execution_device, use.path)
+        models = {part: model for part in PARTS if (model := getattr(self, part)) is not None}
+        return adapters.fit(lora, models, self._execution_device, use.path)
 
     # Drawing.
 
@@ -531,16 +565,28 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         guided = request.guidance_scale > 1 and embedding_size is None
         negatives = request.negative_prompt or [""] * len(request.prompt)
         positive, negative = encode_prompts(
-            self.tokenizer,
-            self.text_encoder,
+            self._encoders,
             [self._expand(text) for text in request.prompt],
             [self._expand(text) for text in negatives if guided],
         )
-        rows = [
-            row.to(like.dtype)
-            for row in [*negative, *positive]  # none of `negative` without guidance
+        if self.model.is_xl and self.config.force_zeros_for_empty_prompt:
+            negative = [
+                words if text else words.silenced()
+                for text, words in zip(negatives, negative, strict=False)
+            ]
+        told = [
+            words
+            for words in [*negative, *positive]  # none of `negative` without guidance
             for _ in range(request.num_images)
         ]
+        rows = [words.states.to(like.dtype) for words in told]
+        if pooled := [words.pooled for words in told if words.pooled is not None]:
+            size = (request.height, request.width)
+            sizes = torch.tensor([[*size, 0, 0, *size]])  # original, corner of the crop, target
+            unet_kwargs["added_cond_kwargs"] = {
+                "text_embeds": torch.stack(pooled).to(like),
+                "time_ids": sizes.to(like).repeat(len(told), 1),
+            }
         if embedding_size is not None:
             embedding = guidance_embedding(request.guidance_scale, len(rows), embedding_size)
             unet_kwargs["timestep_cond"] = embedding.to(rows[0])
@@ -685,6 +731,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         # diffusers' from_config forgets the entries that this one names.
         defaults = set(config.get("_use_default_values", ())) - repairs.keys()
         config["_use_default_values"] = sorted(defaults)
+        if self.model.is_xl:
+            return config
         return {**config, **{key: value for key, value in repairs.items() if key in config}}
 
 
@@ -726,21 +774,19 @@ def _given(name: str, picture: Any) -> Any:
     return picture
 
 
-def _whole_text_encoder(found: Model, source: str | None, how: dict[str, Any]):
-    """The text encoder, which transformers would fill up with random numbers where its file lacks
+def _whole_text_encoder(found: Model, part: str, source: str | None, how: dict[str, Any]):
+    """A text encoder, which transformers would fill up with random numbers where its file lacks
     some."""
     import transformers
 
     assert found.path is not None
-    library, name = modelfolder.read_json(found.path / "model_index.json")["text_encoder"]
+    library, name = modelfolder.read_json(found.path / "model_index.json")[part]
     if library != "transformers":
-        raise ValueError(f"its text_encoder is a {name} of {library}")
+        raise ValueError(f"its {part} is a {name} of {library}")
     kind = getattr(transformers, name)
-    how = how | {"variant": modelfolder.variant_of(found.path / "text_encoder")}
-    model, facts = kind.from_pretrained(
-        source, subfolder="text_encoder", output_loading_info=True, **how
-    )
-    _refuse_missing("text_encoder", sorted(facts["missing_keys"]))
+    how = how | {"variant": modelfolder.variant_of(found.path / part)}
+    model, facts = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **how)
+    _refuse_missing(part, sorted(facts["missing_keys"]))
     return model.eval()
 
 

@@ -2,48 +2,78 @@
 
 A prompt of any length is encoded whole: CLIP reads 77 tokens at a time, so a longer prompt becomes
 several chunks of 75 tokens, each between its own start and end token, and the U-Net attends to all
-of them. Nothing is cut. What `emphasis` says counts more has its states multiplied. This module
-does not know about guidance or batches of pictures.
+of them. Nothing is cut. What `emphasis` says counts more has its states multiplied. SDXL reads a
+prompt with two encoders. This module does not know about guidance or batches of pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import emphasis
 
-__all__ = ["by_length", "encode_prompts"]
+__all__ = ["Words", "by_length", "encode_prompts"]
 
 Chunk = list[tuple[int, float]]  # tokens and how much they count
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a U-Net is told of one text.
+
+    Attributes:
+        states: (77 * chunks, dim), of its tokens; two encoders' side by side in `dim`.
+        pooled: (dim,), of the whole text (of its first chunk), if there are two encoders.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    def silenced(self) -> Words:
+        """As many zeros: what SDXL was trained to take for no text."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Words(torch.zeros_like(self.states), pooled)
+
+
 @torch.inference_mode()
 def encode_prompts(
-    tokenizer, text_encoder, prompts: Sequence[str], negatives: Sequence[str]
-) -> tuple[list[Tensor], list[Tensor]]:
+    encoders: Sequence[tuple[Any, Any]], prompts: Sequence[str], negatives: Sequence[str]
+) -> tuple[list[Words], list[Words]]:
     """Encode prompts and their negatives. A prompt and its own negative get one length, which no
     other prompt of the call changes.
 
     Args:
+        encoders: a tokenizer and its text encoder; of SDXL two pairs, of which the second pools.
         prompts: B texts.
         negatives: B texts, or none when there is no guidance.
-
-    Returns:
-        B embeddings and as many as there are negatives, each (77 * its chunks, dim).
     """
-    size = _chunk_length(tokenizer, text_encoder)
-    positive = [_chunks(tokenizer, size, text) for text in prompts]
-    negative = [_chunks(tokenizer, size, text) for text in negatives]
-    for one, other in zip(positive, negative, strict=False):  # no negatives, or as many
-        one += [[] for _ in range(len(other) - len(one))]
-        other += [[] for _ in range(len(one) - len(other))]
-    return (
-        _encode(tokenizer, text_encoder, size, positive),
-        _encode(tokenizer, text_encoder, size, negative),
+    read = [[_read(*encoder, texts) for texts in (prompts, negatives)] for encoder in encoders]
+    for family in zip(*(texts for kinds in read for texts in kinds if texts), strict=True):
+        longest = max(map(len, family))
+        for chunks in family:
+            chunks += [[] for _ in range(longest - len(chunks))]
+    positive, negative = (_encode_all(encoders, texts) for texts in zip(*read, strict=True))
+    return positive, negative
+
+
+def _encode_all(
+    encoders: Sequence[tuple[Any, Any]], texts: Sequence[list[list[Chunk]]]
+) -> list[Words]:
+    """What each encoder makes of the texts as it has read them; of two, side by side."""
+    if len(encoders) == 1:
+        return _encode(*encoders[0], texts[0])
+    first, second = (
+        _encode(*encoder, own, of_two=True) for encoder, own in zip(encoders, texts, strict=True)
     )
+    return [
+        Words(torch.cat([one.states, two.states], dim=-1), two.pooled)
+        for one, two in zip(first, second, strict=True)
+    ]
 
 
 def by_length(unet: Callable[..., tuple[Tensor, ...]], lengths: Sequence[int]) -> Callable:
@@ -61,8 +91,7 @@ def by_length(unet: Callable[..., tuple[Tensor, ...]], lengths: Sequence[int]) -
     def call(sample: Tensor, t: Tensor, encoder_hidden_states: Tensor, **kwargs):
         parts = []
         for length, rows in groups.items():
-            # what is a tensor has a row for each picture: `timestep_cond`
-            own = {k: v[rows] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            own = {name: _of_rows(value, rows) for name, value in kwargs.items()}
             words = encoder_hidden_states[rows, :length]
             parts.append(unet(sample[rows], t, encoder_hidden_states=words, **own)[0])
         return (torch.cat(parts)[order.to(sample.device)],)
@@ -70,10 +99,23 @@ def by_length(unet: Callable[..., tuple[Tensor, ...]], lengths: Sequence[int]) -
     return call
 
 
+def _of_rows(value: Any, rows: list[int]) -> Any:
+    """What is a tensor has a row for each picture: `timestep_cond`, `added_cond_kwargs`."""
+    if isinstance(value, dict):
+        return {name: _of_rows(part, rows) for name, part in value.items()}
+    return value[rows] if isinstance(value, Tensor) else value
+
+
 def _chunk_length(tokenizer, text_encoder) -> int:
     """77; some tokenizers do not know their own length."""
     known = tokenizer.model_max_length
     return min(known, getattr(text_encoder.config, "max_position_embeddings", known))
+
+
+def _read(tokenizer, text_encoder, texts: Sequence[str]) -> list[list[Chunk]]:
+    """The chunks of each text."""
+    size = _chunk_length(tokenizer, text_encoder)
+    return [_chunks(tokenizer, size, text) for text in texts]
 
 
 def _chunks(tokenizer, size: int, text: str) -> list[Chunk]:
@@ -90,10 +132,11 @@ def _chunks(tokenizer, size: int, text: str) -> list[Chunk]:
     return chunks
 
 
-def _encode(tokenizer, text_encoder, size: int, texts: list[list[Chunk]]) -> list[Tensor]:
-    """The token states of each text, (77 * its chunks, dim)."""
+def _encode(tokenizer, text_encoder, texts: list[list[Chunk]], of_two: bool = False) -> list[Words]:
+    """`of_two`: as SDXL reads, from the last layer but one, and with the pooled vector."""
     if not texts:
         return []
+    size = _chunk_length(tokenizer, text_encoder)
     chunks = [chunk for text in texts for chunk in text]
     table = torch.full((len(chunks), size), tokenizer.pad_token_id)
     attention = torch.zeros_like(table)
@@ -106,11 +149,17 @@ def _encode(tokenizer, text_encoder, size: int, texts: list[list[Chunk]]) -> lis
 
     uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
     device = text_encoder.device
-    hidden = text_encoder(
-        table.to(device), attention_mask=attention.to(device) if uses_mask else None
-    )[0]  # (all chunks, 77, dim)
+    options = {"output_hidden_states": True} if of_two else {}
+    mask = attention.to(device) if uses_mask else None
+    told = text_encoder(table.to(device), attention_mask=mask, **options)
+    hidden = told.hidden_states[-2] if of_two else told[0]  # (all chunks, 77, dim)
     hidden = _weighted(hidden, weights.to(hidden))
-    return [states.flatten(0, 1) for states in hidden.split([len(text) for text in texts])]
+    counts = [len(text) for text in texts]
+    states = [part.flatten(0, 1) for part in hidden.split(counts)]
+    if not of_two or told[0].ndim != 2:  # the first of two has nothing pooled
+        return [Words(part) for part in states]
+    pooled = [part[0] for part in told[0].split(counts)]
+    return [Words(*both) for both in zip(states, pooled, strict=True)]
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,12 @@ from diffusers import (
     DDIMScheduler,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from latentgen import LatentDiffusion
 
@@ -49,8 +55,12 @@ def components(
     sample_size: int = 8,
     rescale_betas_zero_snr: bool = False,
     seed: int = 0,
+    xl: bool = False,
 ) -> dict:
-    """The parts of a tiny model; pictures of `sample_size * 8` pixels by default."""
+    """The parts of a tiny model; pictures of `sample_size * 8` pixels by default.
+
+    `xl`: with the two text encoders and the sizes of SDXL.
+    """
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -60,8 +70,18 @@ def components(
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        cross_attention_dim=16,
+        cross_attention_dim=16 + 12 * xl,
         attention_head_dim=4,
+        **(
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 6 * 4 + 10,
+                "use_linear_projection": True,
+            }
+            if xl
+            else {}
+        ),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
@@ -73,19 +93,24 @@ def components(
         norm_num_groups=4,
         latent_channels=4,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            max_position_embeddings=77,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
+    text = {
+        "vocab_size": len(words),
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 77,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=16, **text))
+    second = {}
+    if xl:
+        config = CLIPTextConfig(hidden_size=12, projection_dim=10, **text)
+        other_words = copy.deepcopy(words)
+        other_words.pad_token = "a</w>"  # SDXL's second tokenizer pads with another token, too
+        second["text_encoder_2"] = CLIPTextModelWithProjection(config).eval()
+        second["tokenizer_2"] = other_words
     scheduler = DDIMScheduler(
         **SCHEDULER,
         prediction_type=prediction_type,
@@ -98,6 +123,7 @@ def components(
         "tokenizer": words,
         "unet": unet.eval(),
         "scheduler": scheduler,
+        **second,
     }
 
 
@@ -117,6 +143,8 @@ KINDS = {
     "9-channel": {"in_channels": 9},
     "v-prediction": {"prediction_type": "v_prediction"},
     "sample-prediction": {"prediction_type": "sample"},
+    "xl": {"xl": True},
+    "xl-9-channel": {"xl": True, "in_channels": 9},
     "zero-terminal-snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
 

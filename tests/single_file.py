@@ -1,7 +1,8 @@
-"""Writes a model as one file in the layout of the original Stable Diffusion repository.
+"""Writes a model as one file in the layout of the original Stable Diffusion repositories.
 
 The names of the tensors are those of CompVis' code: `model.diffusion_model` is the U-Net,
-`first_stage_model` the autoencoder, `cond_stage_model.transformer` the text encoder.
+`first_stage_model` the autoencoder, `cond_stage_model.transformer` the text encoder. SDXL has
+`conditioner` with two of them, the second as OpenCLIP names it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 RESNET = {
@@ -22,12 +24,25 @@ RESNET = {
 UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
+}
+OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
 }
 VAE_ATTENTION = {
     "group_norm": "norm",
@@ -42,7 +57,7 @@ def save_single_file(pipe, path: Path) -> None:
     """Write the U-Net, the autoencoder and the text encoder of `pipe` to one checkpoint."""
     tensors = {}
     for name, tensor in pipe.unet.state_dict().items():
-        tensors["model.diffusion_model." + _unet_name(name, pipe.unet.config)] = tensor
+        tensors["model.diffusion_model." + unet_name(name, pipe.unet.config)] = tensor
     blocks = len(pipe.vae.config.block_out_channels)
     for name, tensor in pipe.vae.state_dict().items():
         old = _vae_name(name, blocks)
@@ -50,11 +65,29 @@ def save_single_file(pipe, path: Path) -> None:
         tensors["first_stage_model." + old] = tensor[:, :, None, None] if is_matrix else tensor
     for name, tensor in pipe.text_encoder.state_dict().items():
         name = "text_model." + name.removeprefix("text_model.")
-        tensors["cond_stage_model.transformer." + name] = tensor
+        place = "cond_stage_model" if pipe.text_encoder_2 is None else "conditioner.embedders.0"
+        tensors[f"{place}.transformer.{name}"] = tensor
+    if pipe.text_encoder_2 is not None:
+        for name, tensor in _open_clip(pipe.text_encoder_2.state_dict()).items():
+            tensors["conditioner.embedders.1.model." + name] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _unet_name(name: str, config) -> str:
+def _open_clip(tensors: dict) -> dict:
+    """In OpenCLIP query, key and value are one matrix, and the projection stands upright."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, old in OPEN_CLIP.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    renamed["text_projection"] = renamed.pop("text_projection.weight").T
+    for name in [name for name in renamed if ".q_proj." in name]:
+        three = [renamed.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        renamed[name.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+    return renamed
+
+
+def unet_name(name: str, config) -> str:
     for new, old in UNET.items():
         if name.startswith(new + "."):
             return _resnet_name(old + name.removeprefix(new))

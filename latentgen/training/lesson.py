@@ -202,6 +202,8 @@ def find_model(config: FineTuneConfig) -> Model:
             f"{name}: training needs a model folder; make one with "
             "LatentDiffusion.from_single_file(FILE).save_pretrained(FOLDER)"
         )
+    if found.is_xl:
+        raise TrainingError(f"{name} is an SDXL model: such are drawn with, not trained here")
     if found.sees_mask:
         raise TrainingError(f"{name} is an inpainting model (nine channels); train the plain one")
     return found

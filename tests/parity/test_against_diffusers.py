@@ -15,6 +15,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
 from fakes import controlnet, drawer, parts
 from PIL import Image
@@ -77,6 +80,9 @@ solo_or_guided_pair = pytest.mark.parametrize(
 )
 
 
+UNSAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
 def stock_scheduler(name, **more):
     cls, options = STOCK[name]
     known = {k: v for k, v in LEADING.items() if cls != SINGLESTEP or k in BETAS}
@@ -89,9 +95,7 @@ def stock(pipeline, scheduler, prompt="a red apple", kind="4-channel", num_image
     pipe = pipeline(
         **{**parts(kind), "scheduler": scheduler},
         **({"controlnet": ControlNetModel.from_pretrained(controlnet())} if control else {}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **({"add_watermarker": False} if "XL" in pipeline.__name__ else UNSAFE),
     )
     pipe.set_progress_bar_config(disable=True)
     count = num_images * (1 if isinstance(prompt, str) else len(prompt))
@@ -346,3 +350,50 @@ def test_inpainting_with_a_controlnet(
     )
     common |= {"image": picture, "mask_image": mask, "num_images": num_images}
     assert_same(ours(scheduler=name, **control, **common), expected)
+
+
+@pytest.mark.filterwarnings("ignore:negative_prompt has no effect")
+@pytest.mark.parametrize("negative_prompt", [None, "dark, blurry"], ids=["", "negative"])
+@batch_and_guidance
+@pytest.mark.parametrize("name", [None, "ddim", "euler_a", "dpm++_2m"], ids=str)
+def test_text_to_image_with_sdxl(name, num_images, guidance_scale, negative_prompt):
+    common = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "num_images": num_images}
+    common |= {"kind": "xl", "negative_prompt": negative_prompt, "height": 32, "width": 40}
+    assert_same(
+        ours(scheduler=name, **common),
+        stock(StableDiffusionXLPipeline, stock_scheduler(name), **common),
+    )
+
+
+@solo_or_guided_pair
+@pytest.mark.parametrize("name", ["ddim", "euler_a"])
+def test_image_to_image_with_sdxl(name, num_images, guidance_scale, picture):
+    common = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "num_images": num_images}
+    common |= {"kind": "xl", "image": picture, "strength": 0.7}
+    assert_same(
+        ours(scheduler=name, **common),
+        stock(StableDiffusionXLImg2ImgPipeline, stock_scheduler(name), **common),
+    )
+
+
+@solo_or_guided_pair
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("kind", ["xl", "xl-9-channel"])
+@pytest.mark.parametrize("name", ["ddim", "euler_a"])
+def test_inpainting_with_sdxl(name, kind, strength, num_images, guidance_scale, picture, mask):
+    common = {"kind": kind, "num_inference_steps": 4, "guidance_scale": guidance_scale}
+    common |= {"strength": strength, "output_type": "latent"}
+    prompts = ["a red apple"] * num_images  # encoded together, as in stock: the last bit
+    expected = stock(
+        StableDiffusionXLInpaintPipeline,
+        stock_scheduler(name),
+        prompt=prompts,
+        image=[picture] * num_images,
+        mask_image=[mask] * num_images,
+        height=32,
+        width=32,
+        **common,
+    )
+    assert_same(
+        ours(scheduler=name, prompt=prompts, image=picture, mask_image=mask, **common), expected
+    )

@@ -31,8 +31,8 @@ class Recorder:
 def test_every_token_reaches_the_text_encoder_in_order(seed):
     prompts = random_prompts(seed)
     words, recorder = parts()["tokenizer"], Recorder()
-    positive, _ = encode_prompts(words, recorder, prompts, [])
-    counts = [len(row) // 77 for row in positive]
+    positive, _ = encode_prompts([(words, recorder)], prompts, [])
+    counts = [len(told.states) // 77 for told in positive]
     chunks = recorder.ids.split(counts)  # of each prompt
     for rows, prompt in zip(chunks, prompts, strict=True):
         kept = []

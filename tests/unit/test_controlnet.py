@@ -114,7 +114,7 @@ def test_it_sees_the_part_of_its_picture_that_is_repainted(pipe, lines, mask):
     mask.paste(255, (4, 4, 20, 20))
     picture = Image.new("RGB", (64, 64), "orange")
     call = {**CALL, "image": picture, "mask_image": mask, "padding_mask_crop": 4}
-    call |= {"controlnet": fakes.controlnet(), "height": 32, "width": 32}
+    call |= {"controlnet": fakes.controlnet(), "height": 32, "width": 32, "output_type": "latent"}
 
     def drawn(place):
         seen = Image.new("RGB", (64, 64))

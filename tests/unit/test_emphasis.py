@@ -81,8 +81,8 @@ def test_long_prompts_are_read_in_a_moment(part):
 
 
 def states(prompt):
-    (found,), _ = encode_prompts(WORDS, ENCODER, [prompt], [])
-    return found
+    (found,), _ = encode_prompts([(WORDS, ENCODER)], [prompt], [])
+    return found.states
 
 
 def test_the_states_of_a_word_are_multiplied_and_the_mean_restored():
@@ -116,7 +116,8 @@ class Known:
 @pytest.mark.parametrize(("mean", "restored"), [(0.5, True), (-0.5, True), (0.0, False)])
 def test_only_a_mean_that_says_something_is_restored(mean, restored):
     encoder = Known(mean)
-    (found,), _ = encode_prompts(WORDS, encoder, ["(a red apple:1.8)"], [])
+    (words,), _ = encode_prompts([(WORDS, encoder)], ["(a red apple:1.8)"], [])
+    found = words.states
     first, last = found[0] / encoder.states[0, 0], found[1] / encoder.states[0, 1]
     torch.testing.assert_close(last / first, torch.full((8,), 1.8))
     if restored:

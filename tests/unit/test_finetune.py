@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import StableDiffusionPipeline
-from fakes import components
+from fakes import components, drawer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -451,6 +451,15 @@ def test_a_run_that_would_fail_is_refused_dry_too_and_leaves_nothing(
                     train_lora(model, folder, tmp_path / "out", dry_run=dry, **{name: value})
                 assert f"{name}: {value} is" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "pictures"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("xl", "drawn with, not trained"), ("9-channel", "train the plain one")]
+)
+def test_models_that_cannot_be_trained_are_told_before_their_weights(kind, told, folder, tmp_path):
+    drawer(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(TrainingError, match=told):
+        train_lora(tmp_path / "model", folder, tmp_path / "out", dry_run=True)
 
 
 def test_cached_states_are_those_of_these_texts_in_this_order(model, tmp_path):

@@ -108,10 +108,24 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     assert "no model_index.json" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", None])
 def test_a_model_of_another_kind_is_refused(folder, kind):
     edit(folder / "model_index.json", _class_name=kind)
-    assert "Stable Diffusion 1 and 2" in refusal(folder)
+    assert "Stable Diffusion 1, 2 and XL" in refusal(folder)
+
+
+def test_of_sdxl_both_text_encoders_are_wanted(folder):
+    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    assert "its text_encoder_2/config.json is missing" in refusal(folder)
+    edit(folder / "vae" / "config.json", latents_mean=[0.0] * 4)
+    edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert "its autoencoder has a latents_mean" in refusal(folder)
+    edit(
+        folder / "model_index.json",
+        _class_name="StableDiffusionXLPipeline",
+        text_encoder=[None, None],
+    )
+    assert "a refiner of SDXL; give the base model" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,6 @@ def test_another_file_is_refused(tmp_path):
         (["lora_unet_mid_block_attentions_0_proj_in.alpha"], "a LoRA; use it with --lora"),
         (["emb_params"], "use it with --embedding"),
         (["clip_l", "clip_g"], "use it with --embedding"),
-        (["conditioner.embedders.0.x", "model.diffusion_model.out.0.bias"], "SDXL"),
         (["down_blocks.0.x", "up_blocks.0.x"], "no Stable Diffusion checkpoint"),
         ([], "no Stable Diffusion checkpoint"),
     ],

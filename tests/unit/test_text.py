@@ -25,8 +25,8 @@ class Tokens(nn.Module):
 
 def tokens(prompt, *negatives):
     """Those of the prompt, and of its negative if there is one."""
-    positive, negative = encode_prompts(WORDS, Tokens(), [prompt], negatives)
-    return [row[:, 0].long().tolist() for row in [*positive, *negative]]
+    positive, negative = encode_prompts([(WORDS, Tokens())], [prompt], negatives)
+    return [words.states[:, 0].long().tolist() for words in [*positive, *negative]]
 
 
 def letters(count):
@@ -63,15 +63,15 @@ def test_no_negatives_no_embeddings_of_them():
 def test_a_tokenizer_that_does_not_know_its_length_takes_the_encoders():
     words = copy.deepcopy(WORDS)
     words.model_max_length = 10**30
-    found, _ = encode_prompts(words, ENCODER, [letters(80)], [])
-    expected, _ = encode_prompts(WORDS, ENCODER, [letters(80)], [])
-    assert torch.equal(found[0], expected[0])
+    found, _ = encode_prompts([(words, ENCODER)], [letters(80)], [])
+    expected, _ = encode_prompts([(WORDS, ENCODER)], [letters(80)], [])
+    assert torch.equal(found[0].states, expected[0].states)
 
 
 def test_another_prompt_of_the_call_changes_no_length():
     prompts, negatives = ["a", letters(80), "b"], ["", "c", letters(160)]
-    for rows in encode_prompts(WORDS, Tokens(), prompts, negatives):
-        assert [len(row) for row in rows] == [77, 2 * 77, 3 * 77]
+    for rows in encode_prompts([(WORDS, Tokens())], prompts, negatives):
+        assert [len(words.states) for words in rows] == [77, 2 * 77, 3 * 77]
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "a red apple, on a table.", letters(74), letters(75)])
@@ -84,9 +84,10 @@ def test_up_to_75_tokens_the_embeddings_are_diffusers(prompt):
     with torch.no_grad():
         expected = stock.encode_prompt(prompt, "cpu", 1, True, "dark")
     for (found,), (wanted,) in zip(
-        encode_prompts(WORDS, ENCODER, [prompt], ["dark"]), expected, strict=True
+        encode_prompts([(WORDS, ENCODER)], [prompt], ["dark"]), expected, strict=True
     ):
-        assert torch.equal(found, wanted)
+        assert torch.equal(found.states, wanted)
+        assert found.pooled is None
 
 
 def test_a_longer_prompt_draws_another_picture_than_its_beginning(pipe):
@@ -106,5 +107,5 @@ def test_an_encoder_that_was_trained_with_a_mask_gets_one():
             return (ids[..., None].float(),)
 
     encoder = Masked()
-    encode_prompts(WORDS, encoder, [letters(80)], [])
+    encode_prompts([(WORDS, encoder)], [letters(80)], [])
     assert encoder.mask.sum(dim=1).tolist() == [77, 7]
