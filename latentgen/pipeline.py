@@ -510,15 +510,6 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         of_text = adapters.weighted((a.text_encoder, use.text_encoder_weight) for use, a in loras)
         with adapters.applied(of_text):
             rows, guidance_scale, unet_kwargs = self._encode_prompts(request, like)
-        changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
-        unet = adapters.adapted(once(self.unet), changes)
-        if request.controlnet is not None:
-            net = self._load_controlnet(request.controlnet, like)
-            unet = controlled(unet, once(net), net.config.in_channels)
-            unet_kwargs["controlnet_cond"] = self._control_image(request, len(rows), like)
-        lengths = [len(row) for row in rows]
-        if len(set(lengths)) > 1:
-            unet = by_length(unet, lengths)
         scheduler = schedulers.create(request.scheduler, self._scheduler_config())
         timesteps = schedulers.plan(
             scheduler,
@@ -527,6 +518,21 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             request.strength,
             like.device,
         )
+        changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
+        unet, scales = adapters.adapted(once(self.unet), changes), None
+        if request.controlnet is not None:
+            net = self._load_controlnet(request.controlnet, like)
+            unet = controlled(unet, once(net), net.config.in_channels)
+            unet_kwargs["controlnet_cond"] = self._control_image(request, len(rows), like)
+            scales = control_scales(
+                request.controlnet_conditioning_scale,
+                request.control_guidance_start,
+                request.control_guidance_end,
+                len(timesteps),
+            )
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) > 1:
+            unet = by_length(unet, lengths)
         start, extra_channels, blend = self._start(request, scheduler, timesteps, generators, like)
 
         for step in denoise(
@@ -539,7 +545,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             guidance_rescale=request.guidance_rescale,
             extra_channels=extra_channels,
             blend=blend,
-            control_scales=self._control_scales(request, len(timesteps)),
+            control_scales=scales,
             unet_kwargs=unet_kwargs,
             step_kwargs=accepted(scheduler.step, generator=generators, eta=request.eta),
         ):
@@ -609,17 +615,6 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         size = (request.width, request.height)
         picture = request.control_image.resize(size, Image.Resampling.LANCZOS, box)
         return images.to_unit_tensor(picture).to(like).repeat(rows, 1, 1, 1)
-
-    @staticmethod
-    def _control_scales(request: ResolvedRequest, steps: int) -> list[float] | None:
-        if request.controlnet is None:
-            return None
-        return control_scales(
-            request.controlnet_conditioning_scale,
-            request.control_guidance_start,
-            request.control_guidance_end,
-            steps,
-        )
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded, and keep
@@ -724,15 +719,13 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """The model's scheduler configuration, with the two repairs that diffusers makes too.
 
         Old configurations have `steps_offset` 0 and clip the sample; Stable Diffusion was trained
-        for neither.
+        for neither. Those of SDXL are taken as they are.
         """
         config = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
-        repairs = {"steps_offset": 1, "clip_sample": False}
+        repairs = {} if self.model.is_xl else {"steps_offset": 1, "clip_sample": False}
         # diffusers' from_config forgets the entries that this one names.
         defaults = set(config.get("_use_default_values", ())) - repairs.keys()
         config["_use_default_values"] = sorted(defaults)
-        if self.model.is_xl:
-            return config
         return {**config, **{key: value for key, value in repairs.items() if key in config}}
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+NICE = 5  # drawing gives way to answering
 LATEST = 10_000  # cancelled jobs that are remembered; most of them are never drawn
 
 
@@ -34,6 +35,8 @@ def main() -> None:
     for name in STOPS:  # they reach the whole group; the server leaves, and then the input ends
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     log_as_json()
     settings = Settings.from_json(sys.stdin.readline())
     cancelled: deque[str] = deque(maxlen=LATEST)

@@ -185,6 +185,12 @@ def test_more_than_may_wait_is_refused_at_once(server):
     assert {server.ended(id)["status"] for id in ids} == {"cancelled"}
 
 
+def test_drawing_gives_way_to_answering(server):
+    server.ended(server.submit())  # so there is a worker
+    nice = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (server.process.pid, server.worker())]
+    assert nice[0] < nice[1]
+
+
 def test_jobs_that_are_alike_are_drawn_together(server):
     first = server.submit(**LONG)
     ids = [server.submit(seed=k, prompt=f"a {k}") for k in range(4)]
