@@ -47,8 +47,10 @@ class Task:
         there = [file for file in self.files if file.exists()]
         strange = [file for file in there if not self._came_from_this(file, pipe)]
         if strange and not overwrite:
-            hint = "not a picture of this prompt, these settings and this model; another --output"
-            raise InvalidRequest("output", str(strange[0]), f"{hint}, or --overwrite")
+            hint = "not a picture of this prompt, these settings, this model and its dtype"
+            raise InvalidRequest(
+                "output", str(strange[0]), f"{hint}; another --output, or --overwrite"
+            )
         return len(there) - len(strange) == len(self.files)
 
     def _came_from_this(self, file: Path, pipe: LatentDiffusion) -> bool:
@@ -58,11 +60,12 @@ class Task:
             return False
         if known is None:
             return False
-        words = pipe.embeddings_in(self.request).get("embeddings")
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        settings = {"dtype": dtype, **pipe.embeddings_in(self.request)}
         asked = json.loads(json.dumps(metadata.recorded(self.request)))  # its tuples are lists
-        own = (self.files.index(file), asked, pipe.model.hash(), words)
-        told = (known["index"], known["request"], known["model"].get("hash"))
-        return own == (*told, known["settings"].get("embeddings"))
+        own = (self.files.index(file), asked, pipe.model.hash(), settings)
+        then = {k: v for k, v in known["settings"].items() if k in ("dtype", "embeddings")}
+        return own == (known["index"], known["request"], known["model"].get("hash"), then)
 
 
 def plan(

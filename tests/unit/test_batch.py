@@ -96,10 +96,13 @@ def test_what_was_stopped_goes_on(batch, error, status, told):
     assert batch.drawn == []
 
 
-@pytest.mark.parametrize("change", ["seed", "steps", "swapped", "stranger", "damaged", "model"])
+@pytest.mark.parametrize(
+    "change", ["seed", "steps", "dtype", "swapped", "stranger", "damaged", "model"]
+)
 def test_other_pictures_are_not_drawn_over(batch, change, tmp_path):
     batch()
-    words: list[object] = {"seed": ["--seed", 6], "steps": ["--steps", 3]}.get(change, [])
+    more = {"seed": ["--seed", 6], "steps": ["--steps", 3], "dtype": ["--dtype", "bfloat16"]}
+    words: list[object] = more.get(change, [])
     file = Path("out/2-a-dog-2.png")
     if change == "swapped":  # the other picture of the same request
         file.write_bytes(Path("out/2-a-dog-1.png").read_bytes())
