@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MaskBlend", "control_scales", "controlled", "inpainting_channels", "latent_mask"]
+__all__ = ["MaskBlend", "controlled", "inpainting_channels", "latent_mask"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,3 @@ def controlled(unet: Callable, controlnet: Callable, channels: int) -> Callable:
         return unet(sample, t, encoder_hidden_states=encoder_hidden_states, **kwargs)
 
     return call
-
-
-def control_scales(scale: float, start: float, end: float, steps: int) -> list[float]:
-    """A ControlNet's strength in each step: `scale` in those that lie between `start` and `end`,
-    which are shares of all steps, and 0 in the others."""
-    return [scale if start <= i / steps and (i + 1) / steps <= end else 0.0 for i in range(steps)]

@@ -22,7 +22,7 @@ from transformers import AddedToken
 from .errors import InvalidRequest
 from .modelfolder import CONVERT, PICKLES, read_header
 
-__all__ = ["add_word", "parts_of_word", "read_embedding", "said", "spelled_out"]
+__all__ = ["add_word", "check_word", "parts_of_word", "read_embedding", "said", "spelled_out"]
 
 
 def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, list[Tensor]]:
@@ -57,7 +57,7 @@ def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, lis
         raise InvalidRequest("path", str(file), hint)
     if token is None:
         (word, *_) = tensors
-        token = file.stem if is_xl or word in ("emb_params", "*") else word
+        token = file.stem if word in ("emb_params", "*", "clip_l", "clip_g") else word
     if not isinstance(token, str) or token.split() != [token]:
         raise InvalidRequest("token", token, "a word without spaces")
     return token, each
@@ -70,6 +70,18 @@ def add_word(tokenizer, token: str, count: int, field: str = "token") -> list[in
         The ids of its tokens.
 
     Raises:
+        InvalidRequest: see `check_word`.
+    """
+    check_word(tokenizer, token, count, field)
+    alone, parts = _stands_alone(token), parts_of_word(token, count)
+    tokenizer.add_tokens([AddedToken(part, single_word=alone) for part in parts])
+    return tokenizer.convert_tokens_to_ids(parts)
+
+
+def check_word(tokenizer, token: str, count: int, field: str = "token") -> None:
+    """Refuse a word of `count` vectors that the tokenizer cannot be taught.
+
+    Raises:
         InvalidRequest: it has spaces, or the tokenizer has it already, perhaps as an ordinary word.
     """
     if token.split() != [token]:
@@ -79,9 +91,6 @@ def add_word(tokenizer, token: str, count: int, field: str = "token") -> list[in
         if part in known or len(tokenizer(part, add_special_tokens=False).input_ids) == 1:
             hint = "the tokenizer has this word already; choose another one, like <this>"
             raise InvalidRequest(field, part, hint)
-    alone = _stands_alone(token)
-    tokenizer.add_tokens([AddedToken(part, single_word=alone) for part in parts])
-    return tokenizer.convert_tokens_to_ids(parts)
 
 
 def parts_of_word(token: str, count: int) -> list[str]:

@@ -3,7 +3,8 @@
 A LoRA adds `alpha / rank * up @ down` to the weights of some modules (arXiv 2106.09685). The field
 stores these matrices under three layouts, and a `Lora` is what they have in common:
 
-    kohya      lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha
+    kohya      lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha;
+               lora_te_...; for SDXL lora_te1_ and lora_te2_, and read are input_blocks_1_... too
     diffusers  unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight; alphas in the header
     peft       a folder for each part: adapter_model.safetensors and adapter_config.json
 
@@ -107,6 +108,12 @@ class Lora:
         second text encoder begin with its name."""
         second = {f"text_encoder_2.{path}": layer for path, layer in self.text_encoder_2.items()}
         return {**self.unet, **self.text_encoder, **second}
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is for SDXL: by its second text encoder, or by the width of its U-Net's words."""
+        readers = (layer for path, layer in self.unet.items() if ".attn2.to_k" in path)
+        return bool(self.text_encoder_2) or any(one.down.shape[1] == 2048 for one in readers)
 
 
 # Reading.
@@ -296,7 +303,7 @@ def write_lora(
     (check_folder if layout == "peft" else check_file)(path, "file")
     parts = {part: layers for part in PARTS if (layers := getattr(lora, part))}
     if layout == "kohya":
-        tensors = _kohya_tensors(parts, dtype)
+        tensors = _kohya_tensors(parts, dtype, lora.is_xl)
         _write_safetensors(path, tensors, _minimum(lora) | lora.metadata)
     elif layout == "diffusers":
         tensors = {
@@ -463,11 +470,10 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _kohya_tensors(
-    parts: Mapping[str, Mapping[str, Layer]], dtype: torch.dtype | None
+    parts: Mapping[str, Mapping[str, Layer]], dtype: torch.dtype | None, is_xl: bool
 ) -> dict[str, Tensor]:
     tensors = {}
-    first = "te1" if "text_encoder_2" in parts else "te"
-    starts = {"unet": "unet", "text_encoder": first, "text_encoder_2": "te2"}
+    starts = {"unet": "unet", "text_encoder": "te1" if is_xl else "te", "text_encoder_2": "te2"}
     for part, layers in parts.items():
         for path, layer in layers.items():
             of_model = "" if part == "unet" or path == "text_projection" else "text_model_"
@@ -528,7 +534,7 @@ def _minimum(lora: Lora) -> dict[str, str]:
     alphas = {layer.alpha for layer in lora.layers.values()}
     return {
         "ss_v2": "False",
-        "ss_base_model_version": "sdxl_base_v1-0" if lora.text_encoder_2 else "sd_v1",
+        "ss_base_model_version": "sdxl_base_v1-0" if lora.is_xl else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",

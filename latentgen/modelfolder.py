@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,9 +37,11 @@ __all__ = [
     "find",
     "is_hub_id",
     "models_in",
+    "of_variant",
     "read_header",
     "read_json",
     "variant_of",
+    "weights_of",
 ]
 
 _BUNDLED = Path(__file__).parent / "models"
@@ -135,15 +137,13 @@ class Model:
         """The file that names the model's hash: the checkpoint, or the U-Net's first file."""
         if self.path is None or self.path.is_file():
             return self.path
-        return next(iter(sorted((self.path / "unet").glob("*.safetensors"))), None)
+        return next(iter(weights_of(self.path / "unet")), None)
 
     def hashes(self) -> list[str]:
-        """Of all files of weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
+        """Of all weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
         if self.path is None:
             return []
-        files = sorted(
-            file for part in _WEIGHTS for file in self.path.glob(f"{part}/*.safetensors")
-        )
+        files = sorted(file for part in _WEIGHTS for file in weights_of(self.path / part))
         return [f"{file.parent.name}/{file.name} {file_sha256(file)[:10]}" for file in files]
 
     def write_defaults(self, folder: Path) -> None:
@@ -176,8 +176,7 @@ def find(model: str | Path, revision: str | None = None) -> Model:
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise InvalidRequest("model", str(model), "a checkpoint must be a .safetensors file")
-        _check_checkpoint(path)
-        return Model(path.stem, path)
+        return Model(path.stem, path, **_facts_of_checkpoint(path))
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
     if not is_hub_id(model):
@@ -301,13 +300,24 @@ def read_header(
     return shapes
 
 
+def of_variant(variant: str | None, hub_id: str | None, load: Callable[[str | None], Any]) -> Any:
+    """What `load` gives for a variant. Of a model on the hub nobody knows before whether there are
+    others than "fp16"."""
+    try:
+        return load(variant)
+    except OSError:
+        if hub_id is None or variant is not None:
+            raise
+        return load("fp16")
+
+
 def check_weights(folder: Path, field: str = "model") -> None:
-    """Check the headers of the safetensors files in a part's folder.
+    """Check the headers of the weights in a part's folder.
 
     Raises:
         InvalidRequest: there are none, or one is damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = weights_of(folder)
     if not files:
         pickles = [file for file in folder.iterdir() if file.suffix.lower() in PICKLES]
         hint = CONVERT if pickles else "its weights are missing: no .safetensors file there"
@@ -377,10 +387,18 @@ def _from_folder(
     return Model(name, path, hub_id, revision, **facts)
 
 
+def weights_of(folder: Path) -> list[Path]:
+    """The files of weights in a part's folder that are read: of a variant only where there are no
+    others."""
+    names = ("model", "diffusion_pytorch_model")
+    files = sorted(f for f in folder.glob("*.safetensors") if f.name.startswith(names))
+    return [file for file in files if ".fp16" not in file.name] or files
+
+
 def variant_of(folder: Path) -> str | None:
     """ "fp16" if a part's weights are there in that variant only."""
-    names = [file.name for file in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+    files = weights_of(folder)
+    return "fp16" if files and ".fp16" in files[0].name else None
 
 
 def _own_defaults(path: Path) -> dict[str, Any]:
@@ -403,13 +421,19 @@ def _kind(names: Set[str]) -> str | None:
     return "embedding" if len(names) == 1 or names == {"clip_l", "clip_g"} else None
 
 
-def _check_checkpoint(file: Path) -> None:
-    names = read_header(file, "model", "model").keys()
-    if not any(name.startswith("model.diffusion_model.") for name in names):
+def _facts_of_checkpoint(file: Path) -> dict[str, Any]:
+    shapes = read_header(file, "model", "model")
+    if not any(name.startswith("model.diffusion_model.") for name in shapes):
         hint = "no Stable Diffusion checkpoint: it holds no model.diffusion_model"
         raise InvalidRequest("model", str(file), hint)
-    if "conditioner.embedders.0.model.text_projection" in names:
+    if "conditioner.embedders.0.model.text_projection" in shapes:
         raise InvalidRequest("model", str(file), "a refiner of SDXL; give the base model")
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
+    facts: dict[str, Any] = {"sees_mask": first[1:2] == (9,)}
+    if any(name.startswith("conditioner.embedders.1.") for name in shapes):
+        size = 1024  # that SDXL was trained for
+        facts |= {"is_xl": True, "guidance_scale": XL_GUIDANCE, "height": size, "width": size}
+    return facts
 
 
 @cache

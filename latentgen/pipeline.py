@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Unpack
 
 import numpy as np
@@ -38,9 +39,9 @@ from . import (
     modelfolder,
     schedulers,
 )
-from .conditioning import MaskBlend, control_scales, controlled, inpainting_channels, latent_mask
+from .conditioning import MaskBlend, controlled, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
-from .embeddings import add_word, read_embedding, said, spelled_out
+from .embeddings import add_word, check_word, read_embedding, said, spelled_out
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
 from .lora import read_lora
@@ -60,6 +61,7 @@ from .text import by_length, encode_prompts
 # Components of a model folder that nothing here runs.
 _LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 ATTENTIONS = ("sdpa", "xformers", "sliced")
+_reading = Lock()  # of ControlNets: threads that draw with one pipeline read each of them once
 
 __all__ = ["ATTENTIONS", "LatentDiffusion", "Result", "Step", "generate", "img2img", "inpaint"]
 
@@ -207,14 +209,19 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             return cls.from_single_file(found.path, device, dtype, attention, config)
         device, dtype = _pick(device, dtype, attention)
         source = str(found.path) if found.hub_id is None else found.hub_id
-        how: dict[str, Any] = {"revision": revision, "variant": found.variant, "dtype": dtype}
-        how["use_safetensors"] = True
+        how: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+        load = super().from_pretrained
         try:
             encoders = {
                 part: quietly(_whole_text_encoder, found, part, source, how)
                 for part in ("text_encoder", *["text_encoder_2"] * found.is_xl)
             }
-            pipe = quietly(super().from_pretrained, source, **encoders, **how, **_LEFT_OUT)
+            how |= {**encoders, **_LEFT_OUT}
+            pipe = modelfolder.of_variant(
+                found.variant,
+                found.hub_id,
+                lambda variant: quietly(load, source, variant=variant, **how),
+            )
             for part in ("vae", "unet"):  # diffusers leaves what it does not find without numbers
                 parameters = getattr(pipe, part).named_parameters()
                 _refuse_missing(part, [name for name, value in parameters if value.is_meta])
@@ -264,17 +271,19 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         quietly(super().save_pretrained, save_directory, **kwargs)
         file = Path(save_directory) / "model_index.json"
         index = modelfolder.read_json(file)
-        index["_class_name"] = f"StableDiffusion{'XL' if self.model.is_xl else ''}Pipeline"
+        kind = f"{'XL' if self._is_xl else ''}{'Inpaint' if self.model.sees_mask else ''}"
+        index["_class_name"] = f"StableDiffusion{kind}Pipeline"
         others = ["safety_checker", "requires_safety_checker"]
-        if not self.model.is_xl:
+        if not self._is_xl:
             others = ["text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"]
         index = {name: value for name, value in index.items() if name not in others}
         file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         self.model.write_defaults(Path(save_directory))
 
     def _settle(self, found: Model | None, device, attention: str | None, **facts):
-        if self.text_encoder_2 is not None and self.vae.dtype == torch.float16:
-            self.vae.float()  # SDXL's overflows in half precision
+        overflows = self._is_xl and self.vae.config.get("force_upcast")  # in half precision
+        if overflows and self.vae.dtype == torch.float16:
+            self.vae.float()
         self.to(device)
         if attention == "xformers":
             self.enable_xformers_memory_efficient_attention()
@@ -290,7 +299,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         sample = self.unet.config.sample_size or 64
         rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
         facts: dict[str, Any] = {}
-        if self.text_encoder_2 is not None:
+        if self._is_xl:
             facts = {"is_xl": True, "guidance_scale": modelfolder.XL_GUIDANCE}
         return Model(
             name,
@@ -306,10 +315,14 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         )
 
     @property
+    def _is_xl(self) -> bool:
+        return self.text_encoder_2 is not None
+
+    @property
     def _encoders(self) -> list[tuple[Any, Any]]:
         """The tokenizers with their text encoders."""
         first = (self.tokenizer, self.text_encoder)
-        return [first, (self.tokenizer_2, self.text_encoder_2)] if self.model.is_xl else [first]
+        return [first, (self.tokenizer_2, self.text_encoder_2)] if self._is_xl else [first]
 
     # LoRAs and textual inversions.
 
@@ -359,8 +372,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """Load a textual inversion: a word for the prompt that stands for vectors of its own.
 
         Args:
-            path: a `.safetensors` file, of diffusers (`{token: vectors}`) or the WebUI
-                (`emb_params`).
+            path: a `.safetensors` file, of diffusers (`{token: vectors}`), the WebUI
+                (`emb_params`) or for SDXL (`clip_l` and `clip_g`).
             token: the word; None: the one in the file, or else the file's name without its ending.
 
         Returns:
@@ -377,6 +390,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             numbers = [" and ".join(map(str, each)) for each in (told, widths)]
             hint = f"made for another model: vectors of {numbers[0]} numbers, not {numbers[1]}"
             raise InvalidRequest("path", str(path), hint)
+        for tokenizer, _ in self._encoders:
+            check_word(tokenizer, token, len(vectors[0]))
         for (tokenizer, text_encoder), own in zip(self._encoders, vectors, strict=True):
             ids = add_word(tokenizer, token, len(own))
             rows = max(text_encoder.get_input_embeddings().num_embeddings, len(tokenizer))
@@ -385,6 +400,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             for module in text_encoder.modules():
                 if getattr(module, "eos_token_id", None) == 2:  # it pools the largest id, which
                     module.eos_token_id = tokenizer.eos_token_id  # is that of the new word now
+                    text_encoder.config.eos_token_id = tokenizer.eos_token_id
         self._embeddings[token] = modelfolder.file_sha256(Path(path).expanduser())
         return token
 
@@ -492,6 +508,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """`stream`, for a request that is made already."""
         loaded = dict(self._loras)
         resolved = self.resolve(request)
+        if resolved.controlnet is not None:
+            controlnet.check_fits(resolved.controlnet, self.unet.config)
         loras = []
         for use in resolved.loras:
             own, adapter = loaded.get(use.name, (None, None))
@@ -524,7 +542,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             net = self._load_controlnet(request.controlnet, like)
             unet = controlled(unet, once(net), net.config.in_channels)
             unet_kwargs["controlnet_cond"] = self._control_image(request, len(rows), like)
-            scales = control_scales(
+            scales = controlnet.scales(
                 request.controlnet_conditioning_scale,
                 request.control_guidance_start,
                 request.control_guidance_end,
@@ -575,7 +593,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             [self._expand(text) for text in request.prompt],
             [self._expand(text) for text in negatives if guided],
         )
-        if self.model.is_xl and self.config.force_zeros_for_empty_prompt:
+        if self._is_xl and self.config.force_zeros_for_empty_prompt:
             negative = [
                 words if text else words.silenced()
                 for text, words in zip(negatives, negative, strict=False)
@@ -600,12 +618,17 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
 
     def _load_controlnet(self, found: controlnet.ControlNet, like: Tensor):
         """The ControlNet, kept until another one is asked for."""
-        source = (found, found.hash(), like.dtype, like.device)
-        last, net = self._controlnet
-        if last != source:
-            net = quietly(controlnet.load, found, self.unet.config, like.device, like.dtype)
-            source = (found, found.hash(), like.dtype, like.device)  # from the hub it is here now
-            self._controlnet = source, net
+        with _reading:
+            last, net = self._controlnet
+            if last != (found, found.hash(), like.dtype, like.device):
+                self._controlnet = (None, None)  # two need not lie in memory together
+                net = quietly(controlnet.load, found, like.device, like.dtype)
+                if self.attention == "xformers":
+                    net.enable_xformers_memory_efficient_attention()
+                elif self.attention == "sliced":
+                    net.set_attention_slice("auto")
+                # its hash again: from the hub it is here only now
+                self._controlnet = ((found, found.hash(), like.dtype, like.device), net)
         return net
 
     @staticmethod
@@ -722,7 +745,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         for neither. Those of SDXL are taken as they are.
         """
         config = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
-        repairs = {} if self.model.is_xl else {"steps_offset": 1, "clip_sample": False}
+        repairs = {} if self._is_xl else {"steps_offset": 1, "clip_sample": False}
         # diffusers' from_config forgets the entries that this one names.
         defaults = set(config.get("_use_default_values", ())) - repairs.keys()
         config["_use_default_values"] = sorted(defaults)
@@ -777,8 +800,13 @@ def _whole_text_encoder(found: Model, part: str, source: str | None, how: dict[s
     if library != "transformers":
         raise ValueError(f"its {part} is a {name} of {library}")
     kind = getattr(transformers, name)
-    how = how | {"variant": modelfolder.variant_of(found.path / part)}
-    model, facts = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **how)
+    model, facts = modelfolder.of_variant(
+        modelfolder.variant_of(found.path / part),
+        found.hub_id,
+        lambda variant: kind.from_pretrained(
+            source, subfolder=part, output_loading_info=True, variant=variant, **how
+        ),
+    )
     _refuse_missing(part, sorted(facts["missing_keys"]))
     return model.eval()
 

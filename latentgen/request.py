@@ -102,7 +102,8 @@ class Request:
     Attributes:
         prompt: one text, or a list of texts; `(word:1.3)`, `[word]` and `BREAK` mean what
             `latentgen.emphasis` says; `<lora:name:0.8>` is taken out and joins `loras`.
-        negative_prompt: what to keep away from: one text for all, or one for each prompt.
+        negative_prompt: what to keep away from: one text for all, or one for each prompt; an empty
+            one is the same as none.
         num_inference_steps: length of the schedule, before `strength`; 1 to 1000.
         guidance_scale: how strongly to follow the prompt; 1 = not at all guided.
         scheduler: a name that `latentgen.schedulers.parse` understands; None: the model's own.
@@ -386,10 +387,17 @@ class ResolvedRequest(Request):
 
     def without_effect(self, model: Model) -> dict[str, str]:
         """Fields that were given and change nothing, and with what."""
-        if self.guidance_scale > 1 and not model.embeds_guidance:
-            return {}
-        why = "this model" if model.embeds_guidance else "guidance_scale 1"
-        return {n: why for n in ("negative_prompt", "guidance_rescale") if getattr(self, n)}
+        found = {}
+        if model.embeds_guidance or self.guidance_scale == 1:
+            why = "this model" if model.embeds_guidance else "guidance_scale 1"
+            found = {n: why for n in ("negative_prompt", "guidance_rescale") if getattr(self, n)}
+        scale = self.controlnet_conditioning_scale
+        start, end = self.control_guidance_start, self.control_guidance_end
+        steps = self.steps_run
+        if self.controlnet is not None and not any(controlnet.scales(scale, start, end, steps)):
+            why = f"no whole one of its {steps} steps from {start:g} to {end:g}"
+            found["controlnet"] = why if scale else "controlnet_conditioning_scale 0"
+        return found
 
     @property
     def seeds(self) -> list[int]:

@@ -133,7 +133,7 @@ def _chunks(tokenizer, size: int, text: str) -> list[Chunk]:
 
 
 def _encode(tokenizer, text_encoder, texts: list[list[Chunk]], of_two: bool = False) -> list[Words]:
-    """`of_two`: as SDXL reads, from the last layer but one, and with the pooled vector."""
+    """`of_two`: as SDXL reads, from the last layer but one, and with what is pooled."""
     if not texts:
         return []
     size = _chunk_length(tokenizer, text_encoder)
@@ -156,10 +156,11 @@ def _encode(tokenizer, text_encoder, texts: list[list[Chunk]], of_two: bool = Fa
     hidden = _weighted(hidden, weights.to(hidden))
     counts = [len(text) for text in texts]
     states = [part.flatten(0, 1) for part in hidden.split(counts)]
-    if not of_two or told[0].ndim != 2:  # the first of two has nothing pooled
+    whole = told.get("text_embeds") if of_two else None  # (all chunks, other dim)
+    if whole is None:  # as of the first of two
         return [Words(part) for part in states]
-    pooled = [part[0] for part in told[0].split(counts)]
-    return [Words(*both) for both in zip(states, pooled, strict=True)]
+    firsts = [part[0] for part in whole.split(counts)]
+    return [Words(*both) for both in zip(states, firsts, strict=True)]
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from collections import Counter
 import fakes
 import numpy as np
 import pytest
+import torch
 from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from PIL import Image
 
-from latentgen import InvalidRequest, LatentDiffusion, metadata
-from latentgen.conditioning import control_scales
+from latentgen import InvalidRequest, LatentDiffusion, controlnet, metadata
 from latentgen.request import Request
 
 CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 4, "output_type": "np"}
@@ -52,7 +52,7 @@ def rewrite(folder, **changes):
     ],
 )
 def test_it_works_in_the_steps_that_lie_between_start_and_end(start, end, expected):
-    assert control_scales(2.0, start, end, 4) == expected
+    assert controlnet.scales(2.0, start, end, 4) == expected
 
 
 def test_at_no_strength_the_picture_is_that_of_no_controlnet_and_it_is_not_asked(
@@ -69,7 +69,10 @@ def test_at_no_strength_the_picture_is_that_of_no_controlnet_and_it_is_not_asked
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(ControlNetModel, "forward", forward)
-    off = pipe.generate(**CALL, **control, controlnet_conditioning_scale=0).images
+    with pytest.warns(UserWarning, match="no effect with controlnet_conditioning_scale 0"):
+        off = pipe.generate(**CALL, **control, controlnet_conditioning_scale=0).images
+    with pytest.warns(UserWarning, match=r"no whole one of its 4 steps from 0\.3 to 0\.7"):
+        pipe.generate(**CALL, **control, control_guidance_start=0.3, control_guidance_end=0.7)
     np.testing.assert_array_equal(off, plain)
     assert calls["forward"] == 0
     pipe.generate(**CALL, **control, control_guidance_end=0.5)
@@ -131,7 +134,8 @@ def test_it_sees_what_the_unet_sees_of_the_latents_and_no_mask(control, picture,
     pipe = fakes.drawer("9-channel")
     call = CALL | control | {"image": picture, "mask_image": mask}
     led = pipe.inpaint(**call).images
-    assert not np.array_equal(led, pipe.inpaint(**call, controlnet_conditioning_scale=0).images)
+    call = {name: value for name, value in call.items() if name not in control}
+    assert not np.array_equal(led, pipe.inpaint(**call).images)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,7 @@ def test_it_sees_what_the_unet_sees_of_the_latents_and_no_mask(control, picture,
         ({"control_guidance_end": 0.5}, "control_guidance_end", "goes with a controlnet"),
         ({"controlnet": "nowhere"}, "controlnet", "no such folder; give one in the diffusers"),
         ({"controlnet": 7}, "controlnet", "a folder, a name or a hub id"),
+        ({"controlnet": __file__}, "controlnet", "a file, and they are read from folders"),
         ({"controlnet": "some/where"}, "controlnet", "not on this machine"),
     ],
 )
@@ -181,6 +186,8 @@ def test_folders_that_hold_no_controlnet_are_refused(folder, lines):
             Request(prompt="a cat", controlnet=folder, control_image=lines)
         assert caught.value.field == "controlnet"
 
+    rewrite(folder, conditioning_channels=1)
+    refused("it sees 1 channels, not a picture")
     rewrite(folder, global_pool_conditions=True)
     refused("shuffle")
     rewrite(folder, _class_name="T2IAdapter")
@@ -201,7 +208,7 @@ def test_one_for_another_model_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(ControlNetModel, "from_pretrained", None)
     rewrite(folder, **{name: [8, 32] if name == "block_out_channels" else 32})
     with pytest.raises(InvalidRequest, match=rf"made for another model: its {name} is .*32"):
-        pipe.generate(**CALL, controlnet=folder, control_image=lines)
+        pipe.stream(**CALL, controlnet=folder, control_image=lines)  # and not at the first step
 
 
 def test_weights_that_are_missing_are_told(pipe, folder, lines):
@@ -213,11 +220,49 @@ def test_weights_that_are_missing_are_told(pipe, folder, lines):
     save_file(weights, file)
     with pytest.raises(InvalidRequest, match=r"do not fit together .*lack conv_in\.bias"):
         pipe.generate(**CALL, controlnet=folder, control_image=lines)
+    weights |= {"conv_in.bias": torch.zeros(8), "task_embedding": torch.zeros(6, 8)}
+    save_file(weights, file)
+    with pytest.raises(InvalidRequest, match="it has task_embedding, which a ControlNetModel has"):
+        pipe.generate(**CALL, controlnet=folder, control_image=lines)
+
+
+def test_weights_of_a_variant_are_read_where_there_are_no_others(pipe, folder, control, lines):
+    (file,) = folder.glob("*.safetensors")
+    weights = file.read_bytes()
+    half = file.with_name("diffusion_pytorch_model.fp16.safetensors")
+    file.rename(half)
+    (folder / "rank256.safetensors").write_bytes(b"another program's")
+    expected = pipe.generate(**CALL, **control).images
+    found = pipe.generate(**CALL, controlnet=folder, control_image=lines)
+    np.testing.assert_array_equal(found.images, expected)
+    digits = found.request.controlnet.hash()
+    file.write_bytes(weights)
+    half.write_bytes(b"damaged, and not read")
+    assert controlnet.find(folder).hash() == digits
+
+
+def test_a_controlnet_of_fewer_attentions_draws(pipe, lines, tmp_path):
+    torch.manual_seed(0)
+    config = dict(pipe.unet.config)
+    net = ControlNetModel(
+        **{name: config[name] for name in ("block_out_channels", "layers_per_block")},
+        down_block_types=("DownBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2D",
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        conditioning_embedding_out_channels=(4, 4, 8, 8),
+    )
+    torch.nn.init.normal_(net.controlnet_mid_block.weight, std=0.1)
+    net.save_pretrained(tmp_path)
+    led = pipe.generate(**CALL, controlnet=tmp_path, control_image=lines).images
+    assert not np.array_equal(led, pipe.generate(**CALL).images)
 
 
 def test_one_in_latentgens_folder_is_called_by_its_name(pipe, control, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
     shutil.copytree(control["controlnet"], tmp_path / "controlnets" / "edges")
+    (tmp_path / "controlnets" / "linked").symlink_to(control["controlnet"])
+    assert controlnet.find("linked").name == "linked"  # by which replay finds it again
     named = pipe.generate(**CALL, **control | {"controlnet": "edges"}).images
     np.testing.assert_array_equal(named, pipe.generate(**CALL, **control).images)
 

@@ -67,6 +67,11 @@ def test_a_single_file_draws_the_same_picture(pipe, folder, tmp_path):
     save_single_file(pipe, tmp_path / "one.safetensors")
     loaded = LatentDiffusion.from_single_file(tmp_path / "one.safetensors", "cpu", config=folder)
     assert (loaded.model.is_xl, loaded.model.guidance_scale) == (True, 5.0)
+    found = find(tmp_path / "one.safetensors")  # from its header, as a server asks before it loads
+    assert (found.is_xl, found.sees_mask, found.guidance_scale) == (True, False, 5.0)
+    assert (found.width, found.height) == (1024, 1024)
+    save_single_file(fakes.drawer("xl-9-channel"), tmp_path / "nine.safetensors")
+    assert find(tmp_path / "nine.safetensors").sees_mask
     np.testing.assert_array_equal(loaded.generate(**CALL).images, pipe.generate(**CALL).images)
 
 
@@ -108,8 +113,12 @@ def test_a_long_prompt_changes_no_other_picture(pipe, num_images):
 
 
 def test_half_precision_spares_the_autoencoder(folder):
-    pipe = LatentDiffusion.from_pretrained(folder, "cpu", "float16")
-    assert (pipe.vae.dtype, pipe.unet.dtype) == (torch.float32, torch.float16)
+    for overflows, dtype in ((False, torch.float16), (True, torch.float32)):
+        config = folder / "vae" / "config.json"
+        text = json.dumps(json.loads(config.read_text()) | {"force_upcast": overflows})
+        config.write_text(text)
+        pipe = LatentDiffusion.from_pretrained(folder, "cpu", "float16")
+        assert (pipe.vae.dtype, pipe.unet.dtype) == (dtype, torch.float16)
     assert pipe.generate(**CALL | {"num_inference_steps": 1}).images.shape == (1, 32, 32, 3)
 
 
@@ -235,6 +244,20 @@ def test_every_module_of_sdxls_unet_is_found_by_its_original_name():
         assert place(f"{flat}.lora_up.weight") == ("unet", path, "up")
 
 
+def test_a_lora_of_sdxl_is_known_by_the_width_of_its_words(tmp_path):
+    """So that its first text encoder is called `te1`, and programs list it for such models."""
+    words = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    reads = Layer(torch.ones(2, 2048), torch.ones(640, 2), 1.0)
+    own = Layer(torch.ones(2, 768), torch.ones(768, 2), 1.0)
+    file = write_lora(Lora({words: reads}, {TEXT: own}), tmp_path / "x.safetensors")
+    assert f"lora_te1_text_model_{TEXT.replace('.', '_')}.alpha" in load_file(file)
+    assert read_lora(file).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    narrow = Layer(torch.ones(2, 768), torch.ones(320, 2), 1.0)
+    file = write_lora(Lora({words: narrow}, {TEXT: own}), tmp_path / "y.safetensors")
+    assert f"lora_te_text_model_{TEXT.replace('.', '_')}.alpha" in load_file(file)
+    assert read_lora(file).metadata["ss_base_model_version"] == "sd_v1"
+
+
 def test_a_lora_of_sdxl_on_another_model_is_told(pipe, tmp_path):
     file = write_lora(random_lora(pipe), tmp_path / "x.safetensors")
     with pytest.raises(InvalidRequest, match="made for another model"):
@@ -263,6 +286,19 @@ def test_a_textual_inversion_teaches_both_encoders(tmp_path):
         assert torch.equal(table[ids], vectors[name])
     assert not np.array_equal(pipe.generate(**CALL | {"prompt": "a nib"}).images, plain)
     assert pipe.text_encoder_2.text_model.eos_token_id == pipe.tokenizer_2.eos_token_id
+    pipe.save_pretrained(tmp_path / "taught")
+    again = LatentDiffusion.from_pretrained(tmp_path / "taught", "cpu")
+    np.testing.assert_array_equal(
+        again.generate(**CALL | {"prompt": "a nib"}).images,
+        pipe.generate(**CALL | {"prompt": "a nib"}).images,
+    )
+
+    pipe.tokenizer_2.add_tokens(["<y>"])
+    vectors = {name: rows[:1] for name, rows in vectors.items()}
+    save_file(vectors, tmp_path / "y.safetensors")
+    with pytest.raises(InvalidRequest, match="has this word already"):
+        pipe.load_embedding(tmp_path / "y.safetensors", "<y>")
+    assert "<y>" not in pipe.tokenizer.get_vocab()  # both learn it, or none
 
     save_file({"<x>": torch.ones(1, 16)}, tmp_path / "x.safetensors")
     with pytest.raises(InvalidRequest, match="vectors of 16 numbers, not 16 and 12"):
