@@ -111,7 +111,7 @@ class Lora:
 
     @property
     def is_xl(self) -> bool:
-        """Whether it is for SDXL: by its second text encoder, or by the width of its U-Net's words."""
+        """Whether it is for SDXL: by a second text encoder, or by how wide its words are."""
         readers = (layer for path, layer in self.unet.items() if ".attn2.to_k" in path)
         return bool(self.text_encoder_2) or any(one.down.shape[1] == 2048 for one in readers)
 
