@@ -34,6 +34,14 @@ def folder(tmp_path_factory):
     return path
 
 
+def drawn_by(stock: StableDiffusionXLPipeline) -> np.ndarray:
+    """What diffusers makes of `CALL`."""
+    stock.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(CALL["seed"])]
+    options = {"num_inference_steps": CALL["num_inference_steps"], "output_type": "np"}
+    return stock(CALL["prompt"], generator=generator, **options).images
+
+
 def test_a_folder_tells_what_it_is_and_draws_the_same(pipe, folder):
     found = find(folder)
     assert (found.is_xl, found.guidance_scale, found.width) == (True, 5.0, 32)
@@ -46,13 +54,7 @@ def test_a_folder_tells_what_it_is_and_draws_the_same(pipe, folder):
 
 def test_stock_diffusers_opens_the_folder_and_draws_the_same(pipe, folder):
     stock = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    stock.set_progress_bar_config(disable=True)
-    expected = stock(
-        "a red apple",
-        generator=[torch.Generator().manual_seed(3)],
-        num_inference_steps=3,
-        output_type="np",
-    ).images
+    expected = drawn_by(stock)
     np.testing.assert_array_equal(pipe.generate(**CALL).images, expected)
 
 
@@ -181,14 +183,8 @@ def test_each_part_of_a_lora_is_the_changed_weight(pipe, tmp_path, part):
 def test_diffusers_draws_the_same_with_the_lora(pipe, tmp_path):
     file = write_lora(random_lora(pipe), tmp_path / "x.safetensors", "diffusers")
     stock = StableDiffusionXLPipeline(**copy.deepcopy(fakes.parts("xl")), add_watermarker=False)
-    stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(tmp_path), weight_name=file.name)
-    expected = stock(
-        "a red apple",
-        generator=[torch.Generator().manual_seed(3)],
-        num_inference_steps=3,
-        output_type="np",
-    ).images
+    expected = drawn_by(stock)
     found = pipe.generate(**CALL, loras=[file]).images
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
