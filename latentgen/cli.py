@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, startup
 from .errors import InvalidRequest, LatentgenError
 from .home import home
 from .modelfolder import DEFAULT_MODEL, Model
@@ -404,6 +404,7 @@ def bench(
         shared = {name: value for name, value in asked.items() if value is not None}
         usual = ("steps=10", "num_images=4", "guidance_scale=1", "attention=sliced")
         texts = ("", *(usual if compare is None else compare))
+        startup.end()
         rows = [read_settings(text, found, shared) for text in texts]
         console = _console()
         with console.status("measuring") as status:
@@ -509,6 +510,7 @@ def evaluate(
                 read_embedding(file)  # refused before the judge is read
             real = read_pictures(real_dir, "real_dir") if real_dir is not None else None
             judge = Judge(judge_folder)
+            startup.end()
         if images is not None:
             pictures = read_pictures(images, "images")
             metrics = measure(pictures, wanted.prompts, judge, real)
@@ -683,6 +685,7 @@ def convert(
 
 def main() -> None:
     """The console script."""
+    startup.begin()
     warnings.showwarning = _show_warning
     app()
 
@@ -816,6 +819,7 @@ def _load(
         token = pipe.load_embedding(file)
         if not any(map(said(token).search, texts)):
             warnings.warn(f"{file} is called {token!r}, which no prompt says", stacklevel=1)
+    startup.end()
     return pipe
 
 

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from .. import startup
 from .log import log_as_json
 from .settings import Settings
 
@@ -37,6 +38,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(NICE)
+    startup.begin()
     log_as_json()
     settings = Settings.from_json(sys.stdin.readline())
     cancelled: deque[str] = deque(maxlen=LATEST)
@@ -47,6 +49,7 @@ def main() -> None:
     from .worker import launch  # seconds of imports
 
     workers.append(launch(settings, out, cancelled))
+    startup.end()
     listener.join()
 
 

@@ -9,6 +9,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .. import startup
 from ..errors import InvalidRequest
 from .app import create_app
 from .guard import check_exposure
@@ -61,9 +62,11 @@ def serve(settings: Settings) -> None:
     with alone(settings.database):
         log_as_json()
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
+        app = create_app(settings)
+        startup.end()
         print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
         uvicorn.run(
-            create_app(settings),
+            app,
             host=settings.host,
             port=settings.port,
             log_config=None,
