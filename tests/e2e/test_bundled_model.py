@@ -38,6 +38,7 @@ def test_the_weights_are_half_precision_safetensors_of_at_most_40_megabytes():
     assert not [file for file in folder.rglob("*") if file.suffix in {".bin", ".pt", ".ckpt"}]
 
 
+@pytest.mark.usefixtures("stock_convolutions")
 def test_stock_diffusers_draws_the_same_picture_from_the_folder(pipe):
     stock = StableDiffusionPipeline.from_pretrained(
         latentgen.DEFAULT_MODEL, safety_checker=None, requires_safety_checker=False

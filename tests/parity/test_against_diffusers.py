@@ -24,6 +24,8 @@ from PIL import Image
 
 from latentgen import LatentDiffusion, schedulers
 
+pytestmark = pytest.mark.usefixtures("stock_convolutions")
+
 SEED = 40
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**BETAS, "steps_offset": 1, "timestep_spacing": "leading"}

@@ -41,6 +41,7 @@ def test_a_saved_model_draws_the_same_picture_bit_for_bit(folder, pipe):
     assert loaded.model == find(folder)
 
 
+@pytest.mark.usefixtures("stock_convolutions")
 def test_the_saved_folder_is_a_stable_diffusion_model_for_everyone(folder, pipe):
     stock = StableDiffusionPipeline.from_pretrained(folder)
     assert (

@@ -396,6 +396,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # Drawing.
 
 
+@pytest.mark.usefixtures("stock_convolutions")
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 @pytest.mark.parametrize(
     "parts", [("unet",), ("text_encoder",), ("unet", "text_encoder")], ids=" and ".join

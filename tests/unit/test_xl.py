@@ -52,6 +52,7 @@ def test_a_folder_tells_what_it_is_and_draws_the_same(pipe, folder):
     np.testing.assert_array_equal(loaded.generate(**CALL).images, pipe.generate(**CALL).images)
 
 
+@pytest.mark.usefixtures("stock_convolutions")
 def test_stock_diffusers_opens_the_folder_and_draws_the_same(pipe, folder):
     stock = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     expected = drawn_by(stock)
