@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from . import startup
 from .errors import DecodeError, InvalidRequest, LatentgenError
 from .modelfolder import DEFAULT_MODEL
 
@@ -42,7 +43,8 @@ def __getattr__(name: str) -> Any:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            from . import pipeline
+            with startup.importing():
+                from . import pipeline
         finally:
             logger.setLevel(level)
         return getattr(pipeline, name)

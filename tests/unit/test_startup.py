@@ -1,12 +1,13 @@
 """Python looks for garbage when everything is loaded, and not among what stays."""
 
+import contextlib
 import gc
 import sys
 
 import pytest
 from fakes import components
 
-from latentgen import LatentDiffusion, cli
+from latentgen import LatentDiffusion, cli, startup
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +66,12 @@ def test_a_server_listens_with_the_collector(monkeypatch, model, tmp_path):
     monkeypatch.setattr(server, "log_as_json", lambda: None)
     run(monkeypatch, "serve", "--model", model)
     assert states == [(True, True)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_library_leaves_the_collector_as_it_was(enabled):
+    (gc.enable if enabled else gc.disable)()
+    with contextlib.suppress(ImportError), startup.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() == enabled
