@@ -12,6 +12,7 @@ from latentgen import LatentDiffusion, cli, startup
 
 @pytest.fixture(autouse=True)
 def collector():
+    gc.unfreeze()  # what commands that ran in this process before have frozen
     assert gc.isenabled()
     yield
     gc.unfreeze()
