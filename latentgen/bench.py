@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from . import startup
 from .errors import InvalidRequest, LatentgenError
 from .modelfolder import Model
 from .request import Request
@@ -160,6 +161,7 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     pipe = LatentDiffusion.from_pretrained(
         model, **{key: value for key, value in settings.items() if key in LOADING}
     )
+    startup.end()
     start = time.time() - psutil.Process().create_time()
     request = pipe.resolve(_request(settings))
     seconds = []
@@ -197,6 +199,7 @@ def _peak_memory(device: str) -> int:
 
 
 if __name__ == "__main__":
+    startup.begin()  # as the command line does
     try:
         print(json.dumps(_measure(sys.argv[1], json.loads(sys.argv[2]))))
     except LatentgenError as failed:

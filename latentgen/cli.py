@@ -404,7 +404,6 @@ def bench(
         shared = {name: value for name, value in asked.items() if value is not None}
         usual = ("steps=10", "num_images=4", "guidance_scale=1", "attention=sliced")
         texts = ("", *(usual if compare is None else compare))
-        startup.end()
         rows = [read_settings(text, found, shared) for text in texts]
         console = _console()
         with console.status("measuring") as status:
