@@ -119,7 +119,10 @@ Embeddings = Annotated[
 ControlNet = Annotated[
     str | None,
     typer.Option(
-        "--controlnet", help="A folder, a name or a hub id.", show_default="none", metavar="NAME"
+        "--controlnet",
+        help="A folder, a file, a name or a hub id.",
+        show_default="none",
+        metavar="NAME",
     ),
 ]
 ControlImage = Annotated[

@@ -622,7 +622,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             last, net = self._controlnet
             if last != (found, found.hash(), like.dtype, like.device):
                 self._controlnet = (None, None)  # two need not lie in memory together
-                net = quietly(controlnet.load, found, like.device, like.dtype)
+                net = quietly(controlnet.load, found, self.unet.config, like.device, like.dtype)
                 if self.attention == "xformers":
                     net.enable_xformers_memory_efficient_attention()
                 elif self.attention == "sliced":

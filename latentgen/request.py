@@ -116,7 +116,7 @@ class Request:
         output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
         loras: files or names of LoRAs, perhaps with weights: "style.safetensors:0.8"; all that
             `latentgen.lorafolder.parse` understands. They add up with those of `load_lora`.
-        controlnet: a folder, name or hub id of a ControlNet, see `latentgen.controlnet.find`.
+        controlnet: a folder, file, name or hub id of a ControlNet, see `latentgen.controlnet.find`.
         control_image: what it sees (edges, a pose, depths; as it was trained for); resized to
             `height` x `width`, or cut like the image where only a part of that is drawn.
         controlnet_conditioning_scale: how strongly it is followed, 0 to 10.

@@ -109,6 +109,22 @@ def unet_name(name: str, config) -> str:
     return _resnet_name(f"{place}.{column}.{rest}")
 
 
+def controlnet_name(name: str, config) -> str:
+    """As the original repository's `control_model` names it."""
+    place, _, rest = name.partition(".")
+    number, _, end = rest.partition(".")
+    if place == "controlnet_cond_embedding":
+        if number == "blocks":
+            layer, _, end = end.partition(".")
+            return f"input_hint_block.{2 * int(layer) + 2}.{end}"
+        return f"input_hint_block.{ {'conv_in': 0, 'conv_out': 14}[number] }.{end}"
+    if place == "controlnet_down_blocks":
+        return f"zero_convs.{number}.0.{end}"
+    if place == "controlnet_mid_block":
+        return f"middle_block_out.0.{rest}"
+    return unet_name(name, config)
+
+
 def _resnet_name(name: str) -> str:
     for new, old in RESNET.items():
         name = re.sub(

@@ -8,12 +8,15 @@ from collections import Counter
 import fakes
 import numpy as np
 import pytest
+import single_file
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from latentgen import InvalidRequest, LatentDiffusion, controlnet, metadata
+from latentgen.modelfolder import file_sha256
 from latentgen.request import Request
 
 CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 4, "output_type": "np"}
@@ -143,9 +146,9 @@ def test_it_sees_what_the_unet_sees_of_the_latents_and_no_mask(control, picture,
     [
         ({"control_image": Image.new("RGB", (8, 8))}, "control_image", "goes with a controlnet"),
         ({"control_guidance_end": 0.5}, "control_guidance_end", "goes with a controlnet"),
-        ({"controlnet": "nowhere"}, "controlnet", "no such folder; give one in the diffusers"),
-        ({"controlnet": 7}, "controlnet", "a folder, a name or a hub id"),
-        ({"controlnet": __file__}, "controlnet", "a file, and they are read from folders"),
+        ({"controlnet": "nowhere"}, "controlnet", "no such folder or file; give a folder in"),
+        ({"controlnet": 7}, "controlnet", "a folder, a file, a name or a hub id"),
+        ({"controlnet": __file__}, "controlnet", "must be a .safetensors file"),
         ({"controlnet": "some/where"}, "controlnet", "not on this machine"),
     ],
 )
@@ -212,8 +215,6 @@ def test_one_for_another_model_is_refused_before_its_weights_are_read(
 
 
 def test_weights_that_are_missing_are_told(pipe, folder, lines):
-    from safetensors.torch import load_file, save_file
-
     (file,) = folder.glob("*.safetensors")
     weights = load_file(file)
     weights.pop("conv_in.bias")
@@ -224,6 +225,86 @@ def test_weights_that_are_missing_are_told(pipe, folder, lines):
     save_file(weights, file)
     with pytest.raises(InvalidRequest, match="it has task_embedding, which a ControlNetModel has"):
         pipe.generate(**CALL, controlnet=folder, control_image=lines)
+
+
+@pytest.fixture(params=["diffusers", "control_model.", ""])
+def single(request, pipe, tmp_path):
+    """A ControlNet as a folder and as one file: in the diffusers layout, in that of the original
+    repository, and in the same without its prefix."""
+    torch.manual_seed(2)
+    net = ControlNetModel.from_unet(pipe.unet)
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    net.save_pretrained(tmp_path / "folder")
+    weights = net.state_dict()
+    if request.param != "diffusers":
+        weights = {
+            request.param + single_file.controlnet_name(name, net.config): weight
+            for name, weight in weights.items()
+        }
+    file = tmp_path / "canny.safetensors"
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
+    return tmp_path / "folder", file
+
+
+def test_a_single_file_draws_as_its_folder_does(pipe, single, lines):
+    expected, found = (pipe.generate(**CALL, controlnet=one, control_image=lines) for one in single)
+    np.testing.assert_array_equal(found.images, expected.images)
+    assert found.request.controlnet.name == "canny"
+    assert found.request.controlnet.hash() == file_sha256(single[1])[:10]
+    assert not np.array_equal(found.images, pipe.generate(**CALL).images)
+
+
+def test_a_single_file_goes_with_an_inpainting_model(single, lines, picture, mask):
+    """Which has nine channels, of which a ControlNet sees the first four."""
+    pipe = fakes.drawer("9-channel")
+    call = CALL | {"image": picture, "mask_image": mask, "control_image": lines}
+    expected, found = (pipe.inpaint(**call, controlnet=one).images for one in single)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_single_files_that_do_not_fit_are_refused(pipe, single, lines):
+    _, file = single
+    weights = load_file(file)
+
+    def refused(told, **changes):
+        save_file({name: w for name, w in (weights | changes).items() if w is not None}, file)
+        with pytest.raises(InvalidRequest, match=told) as caught:
+            pipe.generate(**CALL, controlnet=file, control_image=lines)
+        assert caught.value.field == "controlnet"
+
+    first = next(
+        name
+        for name in weights
+        if name.endswith(("embedding.conv_in.weight", "hint_block.0.weight"))
+    )
+    refused("nothing in it sees a picture", **{first: None})
+    refused("it sees 1 channels", **{first: torch.zeros(16, 1, 3, 3)})
+    refused("a Control-LoRA", lora_controlnet=torch.zeros(0))
+    attends = next(name for name in weights if name.endswith("attn2.to_k.weight"))
+    refused(
+        "made for another model: its cross_attention_dim is 40", **{attends: torch.zeros(32, 40)}
+    )
+    count = len(weights)
+    refused(f"has {count - 1} weights, .* {count}; if it comes with a config", **{attends: None})
+    refused(f"has {count + 1} weights, and one like", **{f"{first}_2": torch.zeros(1)})
+    shuffle = file.rename(file.with_name("control_Shuffle.safetensors"))
+    with pytest.raises(InvalidRequest, match="it pools its conditions"):
+        controlnet.find(shuffle)
+    with pytest.raises(InvalidRequest, match="pickle"):
+        controlnet.find(shuffle.rename(file.with_suffix(".pth")))
+
+
+def test_a_file_in_the_folder_of_controlnets_has_a_name(pipe, single, lines, monkeypatch, tmp_path):
+    folder, file = single
+    monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path / "home"))
+    there = tmp_path / "home" / "controlnets"
+    there.mkdir(parents=True)
+    file.rename(there / file.name)
+    assert controlnet.find("canny").path == there / file.name
+    folder.rename(there / "canny")  # of the same name: it knows its configuration
+    assert controlnet.find("canny").path == there / "canny"
 
 
 def test_weights_of_a_variant_are_read_where_there_are_no_others(pipe, folder, control, lines):
