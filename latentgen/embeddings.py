@@ -22,7 +22,7 @@ from transformers import AddedToken
 from .errors import InvalidRequest
 from .modelfolder import CONVERT, PICKLES, read_header
 
-__all__ = ["add_word", "check_word", "parts_of_word", "read_embedding", "said", "spelled_out"]
+__all__ = ["add_word", "check_word", "parts_of_word", "read_embedding", "said"]
 
 
 def read_embedding(path: str | Path, token: str | None = None) -> tuple[str, list[Tensor]]:
@@ -98,16 +98,15 @@ def parts_of_word(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
-def said(token: str) -> re.Pattern[str]:
-    """Where a text says a word, as the tokenizer finds it."""
-    word = re.escape(token)
-    return re.compile(rf"(?<!\w){word}(?!\w)" if _stands_alone(token) else word, re.IGNORECASE)
-
-
-def spelled_out(text: str, token: str, count: int) -> str:
-    """The text with all tokens of a word wherever it says the word."""
-    parts = " ".join(parts_of_word(token, count))
-    return said(token).sub(lambda _: parts, text)
+def said(*tokens: str) -> re.Pattern[str]:
+    """Where a text says one of these words, as the tokenizer finds them: the longest that begins
+    there."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    words = (
+        rf"(?<!\w){re.escape(token)}(?!\w)" if _stands_alone(token) else re.escape(token)
+        for token in longest_first
+    )
+    return re.compile("|".join(words) or "(?!)", re.IGNORECASE)
 
 
 def _stands_alone(token: str) -> bool:

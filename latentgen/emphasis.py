@@ -92,4 +92,6 @@ def read(prompt: str, field: str = "prompt") -> list[list[Piece]]:
             section[-1] = (section[-1][0] + text, weight)
         else:
             section.append((text, weight))
+    if len(sections) > 1 and not any(text.strip() for text, _ in sections[-1]):
+        sections.pop()  # after a last BREAK nothing begins
     return sections

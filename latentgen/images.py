@@ -28,6 +28,7 @@ __all__ = [
     "picture_files",
     "read_pictures",
     "region",
+    "resize_mask",
     "to_pil",
     "to_tensor",
     "to_unit_tensor",
@@ -41,11 +42,11 @@ SUFFIXES = frozenset(
 FOREIGN = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef"})
 
 
-def load_image(source: Any, field: str = "image") -> Image.Image:
+def load_image(source: Any, field: str = "image", background: str = "white") -> Image.Image:
     """Take a picture as a PIL image, an array or a path; return it as RGB.
 
-    Orientation from EXIF is applied, transparency is laid on white. Arrays are (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4), either 8-bit integers or floats in [0, 1].
+    Orientation from EXIF is applied, transparency is laid on the background. Arrays are (H, W),
+    (H, W, 1), (H, W, 3) or (H, W, 4), either 8-bit integers or floats in [0, 1].
 
     Raises:
         InvalidRequest: it is missing, not a picture, truncated, or of more than MAX_PIXELS pixels.
@@ -55,22 +56,30 @@ def load_image(source: Any, field: str = "image") -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
 def load_mask(source: Any, field: str = "mask_image") -> Image.Image:
     """Take a mask like a picture; return it as black and white ("L", 0 or 255), white = repaint.
 
-    Grey counts as white from 128 on.
+    Grey counts as white from 128 on, and what is transparent is black: nothing is painted there.
     """
-    grey = load_image(source, field).convert("L")
+    grey = load_image(source, field, "black").convert("L")
     mask = grey.point(lambda value: 255 if value >= 128 else 0)
     if mask.getextrema() == (0, 0):
         hint = "all black, so nothing would be repainted; white is 255, or True or 1.0 in an array"
         raise InvalidRequest(field, source, hint)
     return mask
+
+
+def resize_mask(
+    mask: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
+) -> Image.Image:
+    """A mask of black and white, or the part of it in the box, in another size. A pixel that any
+    white falls into is white: no thin stroke is lost."""
+    share = np.asarray(mask.convert("F").resize(size, Image.Resampling.BOX, box))
+    return Image.fromarray(np.where(share > 0, 255, 0).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -205,7 +214,7 @@ def _open(source: Any, field: str) -> Image.Image:
         raise InvalidRequest(field, str(source), "no such file") from error
     except Image.DecompressionBombError as error:
         raise InvalidRequest(field, source, str(error)) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever a decoder makes of damaged bytes
         raise InvalidRequest(
             field, source, f"cannot be read as a picture ({error}); PNG, JPEG and WebP can"
         ) from error

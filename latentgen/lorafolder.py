@@ -143,7 +143,8 @@ def resolve(
     """All LoRAs of a drawing, each with its file: those loaded, as they were asked for, and more.
 
     Raises:
-        InvalidRequest: a name that is found nowhere; lists those there are.
+        InvalidRequest: a name that is found nowhere (lists those there are), or that means another
+            file than the one that is loaded.
     """
     uses = dict(loaded)
     there: dict[str, Path] | None = None
@@ -164,6 +165,9 @@ def resolve(
         if use.sha256 is None and use.path is not None:
             sha256, webui_hash = _hashes(use.path)
             use = replace(use, sha256=sha256, webui_hash=webui_hash)
+        if use.name in loaded and loaded[use.name].sha256 != use.sha256:
+            hint = "another file of that name is loaded; load_lora one of them under another name"
+            raise InvalidRequest(field, str(use.path), hint)
         uses[use.name] = use
     return tuple(uses.values())
 

@@ -92,6 +92,8 @@ def save_result(result: Result, path: str | Path, quality: int | None = None) ->
         raise InvalidRequest("output_type", result.request.output_type, hint)
     format = picture_format(path)
     quality = quality if quality is not None else QUALITY
+    if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
+        raise InvalidRequest("quality", quality, "a whole number from 1 to 100")
     targets = numbered(path, len(result.images))
     for k, target in enumerate(targets):
         target.write_bytes(encode_result(result, k, format, quality))
@@ -391,7 +393,8 @@ def request_from_infotext(
     prompt, uses, notes = _named_loras(info.prompt, left, loras)
     options: dict[str, Any] = {"prompt": prompt, "loras": uses}
     if info.negative_prompt:
-        options["negative_prompt"] = info.negative_prompt
+        (options["negative_prompt"],), tags = lorafolder.take_tags([info.negative_prompt])
+        notes += [f"{tag.tag} in its negative prompt, which is left out" for tag in tags]
     for name, (key, kind) in {
         "num_inference_steps": ("Steps", int),
         "guidance_scale": ("CFG scale", float),

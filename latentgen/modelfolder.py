@@ -82,6 +82,7 @@ _KINDS_OF_FILE = {
     "LoRA": "a LoRA; use it with --lora (in Python: load_lora)",
     "embedding": "a textual inversion; use it with --embedding (in Python: load_embedding)",
 }
+_OF_LORAS = re.compile(r"(^|[._])lora[._].*\.")  # and not a word such as <floral-style>
 _OF_CHECKPOINTS = (
     "model.diffusion_model.",
     "first_stage_model.",
@@ -414,7 +415,7 @@ def _own_defaults(path: Path) -> dict[str, Any]:
 
 def _kind(names: Set[str]) -> str | None:
     """What kind of file has tensors of these names, where that is plain."""
-    if any("lora" in name for name in names):
+    if any(map(_OF_LORAS.search, names)):
         return "LoRA"
     if any(name.startswith(_OF_CHECKPOINTS) for name in names):
         return "model"

@@ -11,14 +11,13 @@ applied by `adapters.py`, which leaves the weights alone.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any, Unpack
 
 import numpy as np
@@ -41,7 +40,7 @@ from . import (
 )
 from .conditioning import MaskBlend, controlled, inpainting_channels, latent_mask
 from .denoise import Denoised, accepted, denoise
-from .embeddings import add_word, check_word, read_embedding, said, spelled_out
+from .embeddings import add_word, check_word, parts_of_word, read_embedding, said
 from .errors import InvalidRequest
 from .guidance import guidance_embedding
 from .lora import read_lora
@@ -61,7 +60,9 @@ from .text import by_length, encode_prompts
 # Components of a model folder that nothing here runs.
 _LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 ATTENTIONS = ("sdpa", "xformers", "sliced")
-_reading = Lock()  # of ControlNets: threads that draw with one pipeline read each of them once
+# One thread loads at a time: meanwhile diffusers and transformers replace functions of torch for
+# the whole process. So threads that draw with one pipeline also read each ControlNet once.
+_loading = RLock()
 
 __all__ = ["ATTENTIONS", "LatentDiffusion", "Result", "Step", "generate", "img2img", "inpaint"]
 
@@ -395,7 +396,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         for (tokenizer, text_encoder), own in zip(self._encoders, vectors, strict=True):
             ids = add_word(tokenizer, token, len(own))
             rows = max(text_encoder.get_input_embeddings().num_embeddings, len(tokenizer))
-            table = text_encoder.resize_token_embeddings(rows, mean_resizing=False).weight
+            with _loading:  # it makes a new module
+                table = text_encoder.resize_token_embeddings(rows, mean_resizing=False).weight
             table.data[ids] = own.to(table)
             for module in text_encoder.modules():
                 if getattr(module, "eos_token_id", None) == 2:  # it pools the largest id, which
@@ -618,7 +620,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
 
     def _load_controlnet(self, found: controlnet.ControlNet, like: Tensor):
         """The ControlNet, kept until another one is asked for."""
-        with _reading:
+        with _loading:
             last, net = self._controlnet
             if last != (found, found.hash(), like.dtype, like.device):
                 self._controlnet = (None, None)  # two need not lie in memory together
@@ -643,26 +645,23 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """Write textual-inversion tokens of several vectors out, where such are loaded, and keep
         the brackets of those that have some (`[V]`) from being read as weights."""
         added = self.tokenizer.added_tokens_encoder  # they may be another program's
+        spelled = {}
         for token in added:
             count = 1
             while f"{token}_{count}" in added:
                 count += 1
-            if count > 1:
-                text = spelled_out(text, token, count)
-        bracketed = [token for token in added if emphasis.escaped(token) != token]
-        if bracketed:
-            longest_first = sorted(bracketed, key=len, reverse=True)
-            pattern = "|".join(map(re.escape, longest_first))
-            text = re.sub(pattern, lambda found: emphasis.escaped(found[0]), text)
-        return text
+            spelled[token.lower()] = emphasis.escaped(" ".join(parts_of_word(token, count)))
+        return said(*added).sub(lambda found: spelled[found[0].lower()], text)
 
     def embeddings_in(self, request: ResolvedRequest) -> dict[str, str]:
         """The textual inversions that the prompts call, as the WebUI writes them."""
-        texts = [*request.prompt, *(request.negative_prompt or ())]
+        words = said(*self.tokenizer.added_tokens_encoder)
+        texts = (*request.prompt, *(request.negative_prompt or ()))
+        found = {word.lower() for text in texts for word in words.findall(text)}
         called = {
             token: sha256[:12]
             for token, sha256 in self._embeddings.items()
-            if any(said(token).search(text) for text in texts)
+            if token.lower() in found
         }
         if not called:
             return {}
@@ -693,8 +692,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
 
         size, box = (request.width, request.height), request.box
         picture = images.to_tensor(request.image.resize(size, Image.Resampling.LANCZOS, box))
-        grey = request.mask_image.resize(size, Image.Resampling.BOX, box)
-        pixel_mask = images.to_tensor(grey.point(lambda value: 255 if value else 0))
+        pixel_mask = images.to_tensor(images.resize_mask(request.mask_image, size, box))
         mask = latent_mask(pixel_mask, *shape[1:]).to(like)
         original: Tensor | None = None
         if not self.model.sees_mask or request.strength != 1.0:
@@ -779,8 +777,13 @@ def _last(steps: Iterator[Step]) -> Result:
     return last.result
 
 
-@cache
 def _bundled() -> LatentDiffusion:
+    with _loading:
+        return _bundled_once()
+
+
+@cache
+def _bundled_once() -> LatentDiffusion:
     return LatentDiffusion.from_pretrained(DEFAULT_MODEL)
 
 
@@ -860,13 +863,15 @@ def quietly(work: Callable, *args, **kwargs):
     import transformers.utils.logging
 
     loggers = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        return work(*args, **kwargs)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-            logger.enable_progress_bar()
+    with _loading:
+        before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggers]
+        for logger in loggers:
+            logger.set_verbosity_error()
+            logger.disable_progress_bar()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            for logger, level, shows_progress in before:
+                logger.set_verbosity(level)
+                if shows_progress:
+                    logger.enable_progress_bar()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from . import controlnet, emphasis, lorafolder, schedulers
 from .errors import InvalidRequest
-from .images import load_image, load_mask, region
+from .images import load_image, load_mask, region, resize_mask
 from .lorafolder import LoraUse
 from .modelfolder import Model
 
@@ -289,8 +289,7 @@ class Request:
         if whole and self.image.size != (width, height):
             chosen["image"] = self.image.resize((width, height), Image.Resampling.LANCZOS)
             if self.mask_image is not None:
-                nearest = Image.Resampling.NEAREST
-                chosen["mask_image"] = self.mask_image.resize((width, height), nearest)
+                chosen["mask_image"] = resize_mask(self.mask_image, (width, height))
         if self.image is not None and self.strength is None:
             chosen["strength"] = 0.8 if self.mask_image is None else 1.0
         asked = {item.name: getattr(self, item.name) for item in fields(self)}

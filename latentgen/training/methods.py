@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentgen.embeddings import add_word, said, spelled_out
+from latentgen.embeddings import add_word, parts_of_word, said
 from latentgen.errors import DataError, TrainingError
 from latentgen.lora import collect_lora, lora_metadata, write_lora
 from latentgen.pipeline import LatentDiffusion
@@ -218,8 +218,8 @@ def saying_word(picture: Picture, config: WordFlags) -> Picture:
     assert token is not None
     if silent := [caption for caption in picture.captions if not said(token).search(caption)]:
         raise DataError(f"{picture.file}: its caption does not hold {token}: {silent[0]!r}")
-    count = config.num_vectors
-    captions = tuple(spelled_out(caption, token, count) for caption in picture.captions)
+    parts = " ".join(parts_of_word(token, config.num_vectors))
+    captions = tuple(said(token).sub(lambda _: parts, caption) for caption in picture.captions)
     return replace(picture, captions=captions)
 
 

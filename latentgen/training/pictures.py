@@ -292,7 +292,7 @@ def with_masks(pictures: list[Picture], folder: Path) -> list[Picture]:
 
 def load_loss_mask(file: Path) -> Image.Image:
     """A loss mask, in grey ("L"): white = train."""
-    return load_image(file, "mask").convert("L")
+    return load_image(file, "mask", "black").convert("L")
 
 
 def check_pictures(

@@ -49,7 +49,10 @@ def test_what_counts_how_much(prompt, pieces):
 
 def test_break_begins_a_section_and_weights_go_on():
     assert emphasis.read("a BREAK b") == [[("a ", 1)], [(" b", 1)]]
-    assert emphasis.read("BREAK") == [[], []]
+    assert emphasis.read("BREAK BREAK a") == [[], [(" ", 1)], [(" a", 1)]]
+    for nothing_more in ("a BREAK", "a BREAK "):  # as in the WebUI
+        assert emphasis.read(nothing_more) == [[("a ", 1)]]
+    assert emphasis.read("BREAK") == [[]]
     assert emphasis.read("(a BREAK b:2)") == [[("a ", 2)], [(" b", 2)]]
 
 

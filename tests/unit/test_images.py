@@ -12,6 +12,7 @@ from latentgen.images import (
     contact_sheet,
     load_image,
     load_mask,
+    resize_mask,
     to_pil,
     to_tensor,
 )
@@ -139,6 +140,37 @@ def test_a_mask_is_black_and_white_from_128_on():
     mask = load_mask(np.array([[0, 127, 128, 255]], dtype=np.uint8))
     assert np.asarray(mask).tolist() == [[0, 0, 255, 255]]
     assert np.asarray(load_mask(np.array([[True, False]]))).tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_strokes_on_a_transparent_mask_are_the_mask(mode):
+    """As paint programs write a layer: what is not painted on is not repainted."""
+    mask = Image.new("RGBA", (3, 1))
+    mask.putpixel((1, 0), (255, 255, 255, 255))
+    mask.putpixel((2, 0), (255, 255, 255, 0))
+    assert np.asarray(load_mask(mask.convert(mode))).tolist() == [[0, 255, 0]]
+
+
+def test_a_mask_keeps_its_thin_strokes_in_any_size():
+    mask = Image.new("L", (1024, 1024))
+    mask.putpixel((700, 300), 255)
+    for size in ((64, 64), (1024, 32), (1500, 1500)):
+        found = np.asarray(resize_mask(mask, size))
+        assert set(np.unique(found)) == {0, 255}
+        place = [300 * size[1] // 1024, 700 * size[0] // 1024]
+        assert np.argwhere(found)[0].tolist() == place
+    assert np.asarray(resize_mask(mask, (4, 4), (704, 0, 1024, 1024))).max() == 0
+
+
+def test_whatever_a_decoder_raises_is_told_in_a_line(photo, monkeypatch):
+    """AVIF's has errors of its own."""
+
+    def fail(self):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(InvalidRequest, match="cannot be read as a picture"):
+        load_image(photo)
 
 
 def test_a_black_mask_is_refused():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from fakes import drawer
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
-from latentgen import InvalidRequest, LatentDiffusion, generate
+from latentgen import InvalidRequest, LatentDiffusion, generate, pipeline
 from latentgen.modelfolder import find
+from latentgen.pipeline import quietly
 
 CALL = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 3, "guidance_scale": 7.5}
 
@@ -140,6 +143,44 @@ def test_the_defaults_of_latentgen_json_are_used(folder, tmp_path):
     result = LatentDiffusion.from_pretrained(own, device="cpu").generate("x")
     assert {name: getattr(result.request, name) for name in defaults} == defaults
     assert result.image.size == (32, 64)
+
+
+def test_one_thread_loads_at_a_time_and_the_bundled_model_once(monkeypatch):
+    """While they load, the libraries replace functions of torch: two at once left them replaced."""
+    inside, loaded = [], []
+
+    def load():
+        inside.append(1)
+        time.sleep(0.02)
+        loaded.append(len(inside))
+        inside.pop()
+
+    def from_pretrained(*_):
+        quietly(load)
+        return "the model"
+
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", from_pretrained)
+    pipeline._bundled_once.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(lambda _: pipeline._bundled(), range(4))) == {"the model"}
+            assert loaded == [1]
+            list(pool.map(lambda _: quietly(load), range(4)))
+        assert loaded == [1] * 5
+    finally:
+        pipeline._bundled_once.cache_clear()
+
+
+def test_progress_bars_that_were_off_stay_off():
+    from diffusers.utils import logging
+
+    for switch, shown in (
+        (logging.disable_progress_bar, False),
+        (logging.enable_progress_bar, True),
+    ):
+        switch()
+        quietly(lambda: None)
+        assert logging.is_progress_bar_enabled() is shown
 
 
 def test_a_wrong_request_for_the_bundled_model_is_refused_before_it_is_loaded(monkeypatch):

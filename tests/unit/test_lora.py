@@ -772,6 +772,21 @@ def test_a_name_found_nowhere_lists_those_there_are_and_names_stay_in_the_folder
         pipe.load_lora(home / "ink.safetensors", name="mine")
 
 
+def test_a_file_with_the_name_of_another_that_is_loaded_is_refused(pipe, tmp_path):
+    """It would take the place of the other one, and they are said to add up."""
+    first, second = tmp_path / "ink.safetensors", tmp_path / "o" / "ink.safetensors"
+    second.parent.mkdir()
+    write_lora(random_lora(), first)
+    write_lora(random_lora(), second)
+    pipe.load_lora(first, 0.5)
+    with pytest.raises(InvalidRequest, match="another file of that name is loaded"):
+        pipe.stream("a cat", loras=[f"{second}:0.8"])
+    request = Request(prompt="a cat", loras=[f"{first}:0.8"])
+    assert [use.weight for use in pipe.resolve(request).loras] == [0.8]
+    pipe.load_lora(second, 0.8, name="other")
+    assert [use.name for use in pipe.resolve(Request(prompt="a cat")).loras] == ["ink", "other"]
+
+
 def test_the_folder_of_loras_follows_the_platform(monkeypatch, tmp_path):
     monkeypatch.delenv("LATENTGEN_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
@@ -895,6 +910,28 @@ def test_a_word_of_letters_is_found_only_where_it_stands_alone(tmp_path, learner
     for text in ("cat", "(cat:1.2)", "CAT,"):
         assert [i for i in ids(text) if i >= first] == list(range(first, first + count))
         assert "Cat: " in learner.generate(text, num_inference_steps=1).settings["embeddings"]
+
+
+@pytest.mark.parametrize(("long", "short"), [("bad_v2-neg", "bad_v2"), ("<v1>", "v1")])
+def test_a_word_inside_of_another_is_left_alone(tmp_path, learner, long, short):
+    save_file({long: torch.randn(2, 16)}, tmp_path / "long.safetensors")
+    learner.load_embedding(tmp_path / "long.safetensors")
+    call = {"prompt": f"a {long} (cat:1.2)", "num_inference_steps": 1}
+    plain = draw(learner, **call)
+    save_file({short: torch.randn(3, 16)}, tmp_path / "short.safetensors")
+    learner.load_embedding(tmp_path / "short.safetensors")
+    assert learner._expand(call["prompt"]) == f"a {long} {long}_1 (cat:1.2)"
+    assert learner._expand(f"{short} {long}") == f"{short} {short}_1 {short}_2 {long} {long}_1"
+    np.testing.assert_array_equal(draw(learner, **call), plain)
+    result = learner.generate(**call)
+    assert result.settings["embeddings"].startswith(f"{long}: ")
+    assert f"{short}: " not in result.settings["embeddings"]
+
+
+@pytest.mark.parametrize("token", ["<floral-style>", "<explorations>", "<lora-girl>", "lora_girl"])
+def test_a_word_may_have_lora_in_it(tmp_path, learner, token):
+    save_file({token: torch.randn(1, 16)}, tmp_path / "x.safetensors")
+    assert learner.load_embedding(tmp_path / "x.safetensors") == token
 
 
 @pytest.mark.parametrize("token", ["[V]", "(x)", "BadDream(v1)"])

@@ -46,6 +46,21 @@ def result(tmp_path) -> Result:
     return Result(pictures, request.seeds, request, model, settings, 0.5)
 
 
+@pytest.mark.parametrize("quality", [0, -5, 101, 500, "95", 95.5, True])
+def test_a_quality_that_is_none_is_refused_and_nothing_is_written(result, tmp_path, quality):
+    for ending in ("png", "jpg", "webp"):
+        with pytest.raises(InvalidRequest, match=r"quality.*a whole number from 1 to 100"):
+            result.save(tmp_path / f"x.{ending}", quality)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_in_a_negative_prompt_of_the_webui_is_left_out_and_told():
+    text = "a cat\nNegative prompt: bad, <lora:x:0.5>\nSteps: 2, Seed: 1, Size: 8x8, RNG: CPU"
+    request, notes = request_from_infotext(parse_infotext(text))
+    assert request.negative_prompt == ("bad,",)
+    assert "<lora:x:0.5> in its negative prompt, which is left out" in notes
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "avif"])
 def test_every_format_carries_the_infotext_and_the_record(result, tmp_path, ending):
     paths = result.save(tmp_path / f"x.{ending}")
