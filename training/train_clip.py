@@ -36,7 +36,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from latentgen.training.config import DataConfig, flag, parse_config
+from latentgen.training.config import DataConfig, at_least, flag, parse_config
 from latentgen.training.data import (
     Batch,
     pixel_batches,
@@ -70,6 +70,10 @@ class CLIPRunConfig(DataConfig):
     adam_beta2: float = flag(0.98, help="AdamW: memory of the squared gradient")
     adam_weight_decay: float = flag(0.05, help="AdamW: weight decay")
     ema_decay: float = flag(0.99, help="of the averaged weights, which are the result")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "vocab_size", 514)  # bytes, the same at a word's end, two special tokens
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> CLIPTokenizer:

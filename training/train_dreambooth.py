@@ -49,7 +49,7 @@ class DreamBoothConfig(LoraConfigFlags):
         if self.num_class_images < 1:
             raise ValueError(f"num_class_images: {self.num_class_images}; use 1 or more")
         names = ["rank", "lora_alpha", "lora_dropout", "target_modules", "lora_layout"]
-        names += ["use_dora", "use_rslora", "text_encoder_lr"]
+        names += ["use_dora", "use_rslora", "text_encoder_lr", "output_name"]
         needs(self, names, not self.full_weights, "a LoRA (it says --full_weights)")
         needs(self, ["shuffle_caption"], False, "captions: all pictures have --instance_prompt")
 

@@ -9,7 +9,7 @@ tuning); its file lies in the folder `embeddings` beside it.
 
 from dataclasses import dataclass
 
-from latentgen.training.config import parse_config
+from latentgen.training.config import needs, parse_config
 from latentgen.training.finetune import fine_tune
 from latentgen.training.methods import (
     LoraConfigFlags,
@@ -25,6 +25,11 @@ from latentgen.training.run import main
 @dataclass(kw_only=True)
 class TrainLoraConfig(LoraConfigFlags, WordFlags):
     """All that can be said about such a run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_class = "pictures of the class (is_reg in --dataset_config)"
+        needs(self, ["prior_loss_weight"], self.dataset_config is not None, of_class)
 
 
 def train_lora() -> None:

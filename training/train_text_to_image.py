@@ -42,7 +42,7 @@ from transformers import (
 from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
 from latentgen.pipeline import LatentDiffusion
-from latentgen.training.config import DataConfig, flag, parse_config
+from latentgen.training.config import DataConfig, at_least, flag, needs, parse_config
 from latentgen.training.data import (
     Batch,
     cached,
@@ -122,6 +122,23 @@ class TextToImageConfig(DataConfig):
         for folder in parts:
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{folder} is no folder")
+        names = ["proportion_empty_prompts", "validation_prompts", "validation_guidance_scale"]
+        needs(self, names, not self.unconditional, "captions (it says --unconditional)")
+        if self.pretrained_unet_path is not None:
+            names = ["block_out_channels", "layers_per_block"]
+            needs(self, names, False, "a U-Net that begins from nothing")
+            self._check_prediction(self.pretrained_unet_path.parent / "scheduler")
+        if wrong := [width for width in self.block_out_channels if width < 32 or width % 32]:
+            raise ValueError(f"block_out_channels: {wrong[0]} is no multiple of 32")
+        at_least(self, "layers_per_block", 1)
+        if self.snr_gamma is not None:
+            at_least(self, "snr_gamma", 0)
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(
+                f"proportion_empty_prompts: {self.proportion_empty_prompts} is not in [0, 1]"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("beta_start and beta_end: use 0 < beta_start <= beta_end < 1")
         if self.validation_guidance_scale < 1:
             raise ValueError("validation_guidance_scale: use 1 (no guidance) or more")
         if any(not prompt.strip() for prompt in self.validation_prompts):
@@ -133,6 +150,18 @@ class TextToImageConfig(DataConfig):
             raise ValueError(
                 "rescale_betas_zero_snr: pure noise tells nothing about the picture, so epsilon "
                 "cannot be learnt there; use --prediction_type v_prediction or sample"
+            )
+
+    def _check_prediction(self, scheduler: Path) -> None:
+        """Compare with what the U-Net has learnt to predict, where its folder's neighbour tells."""
+        file = scheduler / "scheduler_config.json"
+        if not file.is_file():
+            return
+        learnt = json.loads(file.read_text("utf-8")).get("prediction_type", "epsilon")
+        if learnt != self.prediction_type:
+            raise ValueError(
+                f"prediction_type: the U-Net of pretrained_unet_path predicts {learnt}, not "
+                f"{self.prediction_type}"
             )
 
 
@@ -185,16 +214,21 @@ def build_unet(config: TextToImageConfig, channels: int, side: int, text_width: 
     )
 
 
-def load_encoders(config: TextToImageConfig, device: torch.device) -> Encoders:
+def load_tokenizer(config: TextToImageConfig) -> CLIPTokenizer:
+    folder = config.pretrained_text_encoder_path
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer" if is_model(folder) else folder)
+
+
+def load_encoders(
+    config: TextToImageConfig, tokenizer: CLIPTokenizer, device: torch.device
+) -> Encoders:
     vae_facts = json.loads((config.pretrained_vae_path / "config.json").read_text())
     kinds = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
     vae_kind = kinds[vae_facts["_class_name"]]
     vae = vae_kind.from_pretrained(config.pretrained_vae_path, use_safetensors=True)
     folder = config.pretrained_text_encoder_path
-    whole = is_model(folder)  # otherwise a CLIP
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer" if whole else folder)
     text_encoder = CLIPTextModel.from_pretrained(
-        folder / "text_encoder" if whole else folder, use_safetensors=True
+        folder / "text_encoder" if is_model(folder) else folder, use_safetensors=True
     )
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise TrainingError(f"{folder}: its tokenizer is not that of its text encoder")
@@ -202,6 +236,7 @@ def load_encoders(config: TextToImageConfig, device: torch.device) -> Encoders:
 
 
 def is_model(folder: Path) -> bool:
+    """Or else a CLIP."""
     return (folder / "text_encoder").is_dir()
 
 
@@ -223,10 +258,16 @@ def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection | None:
 
 def train_text_to_image() -> None:
     config = parse_config(TextToImageConfig, __doc__.split("\n")[0])
-    pictures, unseen, data = read_data(config, captions=not config.unconditional, at_most=64)
+    tokenizer = None if config.unconditional else load_tokenizer(config)
+
+    def too_long(caption: str) -> bool:
+        return len(tokenizer(caption).input_ids) > tokenizer.model_max_length
+
+    captioned = {"captions": True, "too_long": too_long} if tokenizer else {"captions": False}
+    pictures, unseen, data = read_data(config, at_most=64, **captioned)
     accelerator = start(config)
     device = accelerator.device
-    encoders = None if config.unconditional else load_encoders(config, device)
+    encoders = None if tokenizer is None else load_encoders(config, tokenizer, device)
     images = encode_pictures(pictures + unseen, encoders, config, data)  # (1 or 2, N, C, h, w)
     captions = None
     if encoders is not None:

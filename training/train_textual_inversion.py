@@ -32,6 +32,8 @@ class TextualInversionConfig(WordFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_class = "pictures of the class (is_reg in --dataset_config)"
+        needs(self, ["prior_loss_weight"], self.dataset_config is not None, of_class)
         needs(self, ["embedding_lr"], False, "a LoRA; here it is --learning_rate")
         if self.placeholder_token is None:
             raise ValueError('placeholder_token: name the new word, for example "<robot>"')

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.images import contact_sheet
-from latentgen.training.config import DataConfig, flag, parse_config
+from latentgen.training.config import DataConfig, at_least, flag, parse_config
 from latentgen.training.data import (
     Batch,
     pixel_batches,
@@ -47,6 +47,8 @@ class VAEConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, "crop_size", 8)
+        at_least(self, "latent_channels", 3)  # they begin as the mean colour
         for name in ("resolution", "crop_size"):
             if getattr(self, name) % 8:
                 raise ValueError(f"{name}: {getattr(self, name)} is no multiple of 8")

@@ -59,11 +59,18 @@ def save_checkpoint(
         there = checkpoints(config.output_dir)
         last = f"the last one is {there[-1]}" if there else "there is none before it"
         raise TrainingError(f"{final} cannot be written: {error}; {last}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     _flush(config.output_dir)
-    limit = config.checkpoints_total_limit if best is None else 1
-    for old in checkpoints(config.output_dir, prefix)[:-limit]:
+    there = checkpoints(config.output_dir, prefix)
+    if best is not None:
+        there.remove(final)
+    else:  # later ones are left from before this run went back to an earlier one
+        there = there[: there.index(final) + 1][: -config.checkpoints_total_limit]
+    for old in there:
         shutil.rmtree(old)
     return final
 

@@ -156,7 +156,7 @@ def parse_config(kind: type[Config], description: str, argv: list[str] | None = 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--from", type=Path, dest="repeat")
-    first.add_argument("--dataset_config", type=Path)
+    first.add_argument("--dataset_config", "--dataset-config", type=Path)
     files = first.parse_known_args(argv)[0]
     known = {action.dest for action in parser._actions}
     words = []
@@ -223,6 +223,7 @@ def _yaml_flags(file: Path, parser: HfArgumentParser) -> dict[str, Any]:
         parser.error(f"--config {file}: {error}")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: it must be a list of `flag: value` lines")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     for name, value in settings.items():
         if name in ("config", "from"):
             parser.error(f"--config {file}: {name} is a flag of the shell only")

@@ -20,11 +20,22 @@ from latentgen.training.pictures import Picture, check_pictures, read_folder
 
 
 def read_data(
-    config: DataConfig, *, captions: bool, at_most: int
+    config: DataConfig,
+    *,
+    captions: bool,
+    at_most: int,
+    too_long: Callable[[str], bool] = lambda caption: False,
 ) -> tuple[list[Picture], list[Picture], str]:
     """A run's pictures to train on, pictures held out to measure with (spread over their folder,
-    at most so many), and the fingerprint of both."""
-    check = partial(check_pictures, captions=captions, allow=config.allow, seen={})
+    at most so many), and the fingerprint of both. `too_long`: whether a caption would be cut."""
+    check = partial(
+        check_pictures,
+        captions=captions,
+        allow=config.allow,
+        too_small=lambda size: 2 * min(size) < config.resolution,
+        too_long=too_long,
+        seen={},
+    )
     checked = check(read_folder(config.train_data_dir, config.metadata_file))
     pictures, data = checked.pictures, checked.fingerprint
     if config.validation_data_dir is not None:

@@ -4,11 +4,13 @@ All of it happens before any weights are read; of the model it knows its configu
 tokenizer.
 """
 
+import atexit
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -124,7 +126,13 @@ class FineTuneConfig(RunConfig):
                 at_least(self, name, 0)
         if any(not prompt.strip() for prompt in self.validation_prompts):
             raise ValueError("validation_prompts: one of them is empty")
-        if self.output_name is not None and Path(self.output_name).name != self.output_name:
+        if self.optimizer != "adamw":
+            raise ValueError(
+                "optimizer: fine-tuning learns with adamw; muon is for training from zero"
+            )
+        if self.output_name is not None and (
+            not self.output_name.strip() or Path(self.output_name).name != self.output_name
+        ):
             raise ValueError(f"output_name: {self.output_name!r} is no plain name")
         needs(self, ["metadata_file"], self.train_data_dir is not None, "--train_data_dir")
         columns = ["image_column", "caption_column"]
@@ -221,6 +229,10 @@ def read_pictures(config: FineTuneConfig) -> list[Picture]:
         pictures = read_folder(config.train_data_dir, config.metadata_file)
     elif config.dataset_name is not None:
         exported = config.output_dir / "cache" / "dataset"
+        if config.dry_run:  # which leaves nothing behind
+            passing = TemporaryDirectory()
+            atexit.register(passing.cleanup)
+            exported = Path(passing.name)
         columns = (config.image_column, config.caption_column)
         pictures = read_dataset(config.dataset_name, *columns, exported)
     else:

@@ -54,8 +54,6 @@ class LoraConfigFlags(FineTuneConfig):
             raise ValueError(f"text_encoder_lr: {self.text_encoder_lr}; use more than 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
-        if self.optimizer != "adamw":
-            raise ValueError("optimizer: a LoRA learns with adamw; muon is for whole models")
         needs(self, ["text_encoder_lr"], self.train_text_encoder, "--train_text_encoder")
 
 

@@ -98,7 +98,10 @@ def read_dataset(
     try:
         if Path(name).is_dir():
             rows = datasets.load_from_disk(name)
-            rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+            if isinstance(rows, datasets.DatasetDict):
+                if "train" not in rows:
+                    raise ValueError(f"it has no split 'train'; it has {sorted(rows)}")
+                rows = rows["train"]
         else:
             rows = datasets.load_dataset(name, split="train")
     except (OSError, ValueError, KeyError) as error:

@@ -105,7 +105,7 @@ def start(config: RunConfig) -> Accelerator:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise TrainingError(
             "the processes do not know each other; on processors, start them with "
-            "`accelerate launch --cpu --num_processes N`"
+            "`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N SCRIPT …`"
         )
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         raise TrainingError(

@@ -131,6 +131,7 @@ def test_a_fresh_autoencoder_keeps_the_mean_colour_of_every_cell():
     torch.testing.assert_close(means, cells, atol=0.02, rtol=0)
 
 
+@pytest.mark.usefixtures("stock_convolutions")
 def test_the_result_is_a_model_that_draws_as_stock_pipelines_do(model):
     from diffusers import StableDiffusionPipeline
 

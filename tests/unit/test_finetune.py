@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from latentgen import LatentDiffusion
 from latentgen.errors import DataError, DecodeError, InvalidRequest, TrainingError
 from latentgen.lora import read_lora
-from latentgen.modelfolder import find
+from latentgen.modelfolder import DEFAULT_MODEL, find
 from latentgen.training import config as config_module
 from latentgen.training import finetune, objective, run
 from latentgen.training.buckets import bucket_of, bucket_sizes
@@ -41,6 +41,7 @@ from latentgen.training.pictures import (
 from latentgen.training.preflight import bytes_each
 
 SCRIPTS = Path(__file__).parents[2] / "training"
+BUNDLED = Path(DEFAULT_MODEL)
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 
 
@@ -218,10 +219,16 @@ def test_what_the_kohya_file_says_of_the_run_is_done(tmp_path, model, capsys):
         "[[datasets.subsets]]\nimage_dir = 'things'\ncaption_extension = '.txt'\n"
     )
     (tmp_path / "run.yaml").write_text(f"dataset_config: {tmp_path / 'set.toml'}\n")
-    train_lora(model, None, tmp_path / "out", config=tmp_path / "run.yaml", dry_run=True)
-    told = capsys.readouterr().out
-    assert "4 steps of 2 pictures" in told  # the shell wins
-    assert "   80 x 48 " in told
+    (tmp_path / "dash.yaml").write_text(f"dataset-config: {tmp_path / 'set.toml'}\n")
+    for given in (
+        {"config": tmp_path / "run.yaml"},
+        {"config": tmp_path / "dash.yaml"},  # both spellings, as in the shell
+        {"dataset-config": tmp_path / "set.toml"},
+    ):
+        train_lora(model, None, tmp_path / "out", **given, dry_run=True)
+        told = capsys.readouterr().out
+        assert "4 steps of 2 pictures" in told  # the shell wins
+        assert "   80 x 48 " in told
     flags = {"dataset_config": tmp_path / "set.toml", "train_batch_size": 1}
     file = train_lora(model, None, tmp_path / "one", **flags, resolution=32)
     capsys.readouterr()
@@ -253,6 +260,18 @@ def test_a_dataset_of_hugging_face_is_read(tmp_path, model):
         train_lora(
             model, None, tmp_path / "b", dataset_name=tmp_path / "saved", caption_column="caption"
         )
+
+
+def test_a_dataset_without_training_pictures_is_told_and_a_dry_run_writes_nothing(tmp_path, model):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [Image.new("RGB", (32, 32), one) for one in COLOURS], "text": list(COLOURS)}
+    saved = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"test": saved}).save_to_disk(str(tmp_path / "test_only"))
+    with pytest.raises(DataError, match=r"no split 'train'; it has \['test'\]"):
+        read_dataset(str(tmp_path / "test_only"), "image", "text", tmp_path / "out")
+    train_lora(model, None, tmp_path / "out", dataset_name=tmp_path / "saved", dry_run=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_dataset_in_the_same_folder_has_its_own_pictures(tmp_path):
@@ -1026,7 +1045,9 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
         ({"num_train_epochs": 3}, "max_train_steps or num_train_epochs, not both"),
         ({"repeats": 0}, "repeats: 0"),
         ({"output_name": "a/b"}, "no plain name"),
-        ({"optimizer": "muon"}, "adamw"),
+        ({"output_name": ""}, "no plain name"),
+        ({"optimizer": "muon"}, "fine-tuning learns with adamw"),
+        ({"prior_loss_weight": 0.5}, "has no effect without pictures of the class"),
         ({"lora_alpha": 0}, "lora_alpha: 0.0; use more than 0"),
         ({"train_text_encoder": True, "text_encoder_lr": -1}, "text_encoder_lr: -1.0"),
         ({"num_held_out": -3}, "num_held_out: -3 is too small"),
@@ -1037,11 +1058,50 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "told"),
+    [
+        ("train_text_to_image", {"snr_gamma": -5}, "snr_gamma: -5.0 is too small"),
+        ("train_text_to_image", {"proportion_empty_prompts": 10}, "10.0 is not in [0, 1]"),
+        ("train_text_to_image", {"block_out_channels": [33, 64]}, "33 is no multiple of 32"),
+        ("train_text_to_image", {"beta_end": 1.5}, "use 0 < beta_start <= beta_end < 1"),
+        (
+            "train_text_to_image",
+            {"pretrained_unet_path": BUNDLED / "unet", "block_out_channels": [32, 64]},
+            "block_out_channels has no effect without a U-Net that begins from nothing",
+        ),
+        (
+            "train_text_to_image",
+            {"pretrained_unet_path": BUNDLED / "unet", "prediction_type": "epsilon"},
+            "predicts v_prediction, not epsilon",
+        ),
+        ("train_vae", {"latent_channels": 2}, "latent_channels: 2 is too small"),
+        ("train_vae", {"crop_size": 0}, "crop_size: 0 is too small"),
+        ("train_clip", {"vocab_size": 100}, "vocab_size: 100 is too small"),
+    ],
+)
+def test_a_training_from_nothing_refuses_what_it_could_not_learn_with(
+    folder, tmp_path, capsys, script, flags, told
+):
+    if script == "train_text_to_image":
+        flags |= {"pretrained_model_name_or_path": BUNDLED}
+    with pytest.raises(SystemExit):
+        start(script, train_data_dir=folder, output_dir=tmp_path / "out", **flags)
+    assert told in capsys.readouterr().err
+
+
+def test_it_refuses_captions_that_would_be_cut(folder, tmp_path):
+    (folder / "red.txt").write_text("a red dot " * 100)
+    flags = {"train_data_dir": folder, "output_dir": tmp_path / "out", "resolution": 32}
+    with pytest.raises(DataError, match=r"red\.png: a red dot"):
+        start("train_text_to_image", **flags, pretrained_model_name_or_path=BUNDLED)
+
+
 def on_two_processes(name: str, *words: object) -> None:
-    """Run a script as `accelerate launch` does, with gloo on the CPU."""
+    """Run a script as `torchrun` does, with gloo on the CPU (`accelerate launch --cpu` is one)."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` sets it
+    environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [*launch, str(SCRIPTS / f"{name}.py"), *map(str, words)],
         env=environment,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from latentgen.errors import DataError, TrainingError
+from latentgen.errors import DataError, InvalidRequest, TrainingError
 from latentgen.training import checkpoint, objective
 from latentgen.training.checkpoint import (
     checkpoints,
@@ -191,6 +191,7 @@ def test_the_shell_wins_over_the_file_and_both_are_checked(tmp_path, capsys):
     file.write_text("train_data_dir: pictures\noutput_dir: out\nseed: 5\nlearning_rate: 1e-4\n")
     with file.open("a") as stream:
         stream.write("mixed_precision: no\n")
+    file.write_text(file.read_text().replace("mixed_precision", "mixed-precision"))
     config = parse_config(SmallConfig, "", ["--config", str(file), "--seed", "6"])
     assert config.mixed_precision == "no"
     assert (config.seed, config.learning_rate, config.extra) == (6, 1e-4, 3)
@@ -329,8 +330,10 @@ def test_pixels_are_cropped_never_stretched_and_transparent_is_white(tmp_path):
 def test_held_out_pictures_are_not_trained_on(tmp_path):
     for i in range(60):
         draw(tmp_path / f"{i:02d}.png", i)
-    config = small_config(tmp_path, train_data_dir=tmp_path)
+    config = small_config(tmp_path, train_data_dir=tmp_path, resolution=32)
     pictures, unseen, _ = read_data(config, captions=False, at_most=10)
+    with pytest.raises(DataError, match=r"16 x 16"):  # would be enlarged eightfold
+        read_data(replace(config, resolution=128), captions=False, at_most=10)
     assert [p.file.stem for p in unseen] == ["49", "59"]
     assert len(pictures) == 58
     assert not set(pictures) & set(unseen)
@@ -710,6 +713,37 @@ def test_checkpoints_are_whole_counted_and_free_of_pickles(tmp_path):
     files = {path.suffix for path in config.output_dir.rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
     assert not list(config.output_dir.glob(".*"))
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(tmp_path):
+    """A limit that keeps the highest steps would drop each new one at once."""
+    config = small_config(tmp_path, checkpoints_total_limit=2)
+    accelerator, state = accelerator_for(config), new_state(small_model(), config)
+
+    def save(step, best=None):
+        state.step = step
+        save_checkpoint(state, config, accelerator, "data", best=best)
+
+    for step in (20, 21, 5, 6, 7):
+        save(step)
+    there = [path.name for path in checkpoints(config.output_dir)]
+    assert there == ["checkpoint-6", "checkpoint-7", "checkpoint-20", "checkpoint-21"]
+    for step in (9, 3):
+        save(step, best=1 / step)
+    assert [path.name for path in config.output_dir.glob("*best*")] == ["checkpoint-best-3"]
+
+
+def test_whatever_stops_a_save_leaves_no_half_of_it(tmp_path):
+    config = small_config(tmp_path)
+    accelerator, state = accelerator_for(config), new_state(small_model(), config)
+    state.step = 1
+
+    def fails(folder, step):
+        raise InvalidRequest("file", folder, "no")
+
+    with pytest.raises(InvalidRequest):
+        save_checkpoint(state, config, accelerator, "data", fails)
+    assert not list(config.output_dir.iterdir())
 
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
