@@ -52,6 +52,8 @@ def load_image(source: Any, field: str = "image", background: str = "white") -> 
         InvalidRequest: it is missing, not a picture, truncated, or of more than MAX_PIXELS pixels.
     """
     image = _open(source, field)
+    if image.mode == "F":
+        image = _from_array(np.asarray(image), field)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:

@@ -51,6 +51,13 @@ def test_a_transparent_colour_of_a_palette_is_laid_on_white(tmp_path):
     assert load_image(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_picture_of_floats_is_taken_like_an_array_of_them(tmp_path):
+    Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "x.tiff")
+    assert [load_image(tmp_path / "x.tiff").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    with pytest.raises(InvalidRequest, match=r"must lie in \[0, 1\]"):
+        load_image(Image.fromarray(np.array([[0, 200]], np.float32)))
+
+
 def test_the_orientation_of_a_camera_is_applied(tmp_path):
     image = Image.new("RGB", (16, 8), "blue")
     exif = Image.Exif()
