@@ -87,7 +87,10 @@ def read_settings(text: str, model: Model, shared: dict[str, Any]) -> Row:
         if not equals or key not in (*DRAWING, *LOADING):
             hint = f"NAME=VALUE, with commas between them; names are {', '.join(names())}"
             raise InvalidRequest("compare", part, hint)
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InvalidRequest("compare", part, "its value cannot be read") from error
     _request(shared | settings).resolve(model)
     return Row(settings)
 

@@ -21,7 +21,7 @@ from . import __version__, startup
 from .errors import InvalidRequest, LatentgenError
 from .home import home
 from .modelfolder import DEFAULT_MODEL, Model
-from .outputs import check_file, check_folder, in_name
+from .outputs import check_file, check_folder, in_name, write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -293,7 +293,7 @@ def replay(
         typer.echo(f"largest pixel difference: {distance}")
         if output is not None:
             format = metadata.picture_format(output)
-            output.write_bytes(metadata.encode_result(result, index, format, quality))
+            write_file(output, metadata.encode_result(result, index, format, quality))
             typer.echo(str(output))
         if distance != 0:
             raise typer.Exit(1)
@@ -501,6 +501,13 @@ def evaluate(
         if real_dir is not None and not real_dir.is_dir():
             raise InvalidRequest("real_dir", real_dir, "no such folder")
         check_folder(output)
+        report = output / "evaluation.json"
+        drawn = report.is_file() and "images" not in modelfolder.read_json(report, "output").get(
+            "settings", {}
+        )
+        if images is None and not drawn and any(output.glob("pictures/*.png")):
+            hint = "has pictures that no evaluation drew and would lose them; another --output"
+            raise InvalidRequest("output", output / "pictures", hint)
         console = _console()
         with console.status("loading"):
             from .embeddings import read_embedding
@@ -535,7 +542,8 @@ def evaluate(
                 )
         for name, value in evaluation.metrics.items():
             typer.echo(f"{name:20} {value:.4f}")
-        typer.echo(", ".join(str(path) for path in evaluation.save(output)))
+        written = evaluation.save(output, pictures=images is None)
+        typer.echo(", ".join(map(str, written)))
 
 
 @app.command()
@@ -546,7 +554,10 @@ def models() -> None:
 
     from . import modelfolder
 
-    table = Table("model", "size", "steps", "guidance", "where", box=None)
+    table = Table(box=None)
+    table.add_column("model", overflow="fold", no_wrap=False)  # whole: it is what --model takes
+    for column in ("size", "steps", "guidance", "where"):
+        table.add_column(column)
     places = {
         "bundled": modelfolder.bundled_models(),
         "models in LATENTGEN_HOME": modelfolder.models_in(home() / "models"),
@@ -621,7 +632,7 @@ def serve(
             Settings(
                 host=host,
                 port=port,
-                token=token or None,
+                token=(token or "").strip() or None,  # that of a file ends in a line break
                 model=model,
                 device=device,
                 dtype=dtype,
@@ -739,9 +750,8 @@ def _draw(
             sheet = _sheet_name(target)
             page = contact_sheet(result.images)
             format = metadata.picture_format(sheet)
-            sheet.write_bytes(
-                metadata.encode(page, format, metadata.infotext(result, 0), None, quality)
-            )
+            text = metadata.infotext(result, 0)
+            write_file(sheet, metadata.encode(page, format, text, None, quality))
             written.append(sheet)
         if gif is not None and frames is not None:
             _write_gif(gif, [*frames, result.image], result)

@@ -60,17 +60,20 @@ class Evaluation:
     images: list[Image.Image]
     prompts: list[str]
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write `evaluation.json`, the labelled `contact-sheet.png`, and every picture."""
+    def save(self, folder: str | Path, pictures: bool = True) -> list[Path]:
+        """Write `evaluation.json`, the labelled `contact-sheet.png`, and, with `pictures`, every
+        picture into a folder of that name, in place of those of an earlier evaluation."""
         folder = Path(folder)
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         report = folder / "evaluation.json"
         facts = {"metrics": self.metrics, "settings": self.settings}
         report.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        for stale in (folder / "pictures").glob("[0-9][0-9][0-9][0-9].png"):
-            stale.unlink()
-        for i, image in enumerate(self.images):
-            image.save(folder / "pictures" / f"{i:04d}.png")
+        if pictures:
+            (folder / "pictures").mkdir(exist_ok=True)
+            for stale in (folder / "pictures").glob("[0-9][0-9][0-9][0-9].png"):
+                stale.unlink()
+            for i, image in enumerate(self.images):
+                image.save(folder / "pictures" / f"{i:04d}.png")
         sheet = folder / "contact-sheet.png"
         each = len(self.images) // len(self.prompts)
         captions = [prompt for prompt in self.prompts for _ in range(each)]

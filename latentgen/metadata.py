@@ -30,6 +30,7 @@ from . import __version__, controlnet, lorafolder, schedulers
 from .errors import InvalidRequest
 from .images import load_image
 from .lorafolder import LoraUse
+from .outputs import write_file
 from .request import OF_CONTROL, Request
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def save_result(result: Result, path: str | Path, quality: int | None = None) ->
         raise InvalidRequest("quality", quality, "a whole number from 1 to 100")
     targets = numbered(path, len(result.images))
     for k, target in enumerate(targets):
-        target.write_bytes(encode_result(result, k, format, quality))
+        write_file(target, encode_result(result, k, format, quality))
     return targets
 
 

@@ -64,7 +64,7 @@ def read_prompts(file: str | Path) -> PromptSet:
     """
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
         if path.suffix.lower() == ".txt":
             content: Any = {"prompts": [line.strip() for line in text.splitlines() if line.strip()]}
         else:

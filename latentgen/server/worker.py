@@ -174,7 +174,8 @@ class Worker:
                     source, settings.device, settings.dtype, settings.attention, found.revision
                 )
             except InvalidRequest as error:  # where it lies is the server's own business
-                raise InvalidRequest(error.field, name, error.hint) from error
+                value = name if error.field == "model" else error.value
+                raise InvalidRequest(error.field, value, error.hint) from error
             for file in files:
                 try:
                     pipe.load_embedding(file)

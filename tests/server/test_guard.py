@@ -30,14 +30,16 @@ def test_this_machine_needs_none(host):
 
 
 def test_only_who_has_the_token_is_answered(tmp_path, tiny):
-    server = Running(tmp_path / "home", tiny, "--token", "sesame").start().wait("")
+    server = Running(tmp_path / "home", tiny, "--token", "sesame\n").start().wait("")
     basic = base64.b64encode(b"anybody:sesame").decode()
+    accented = base64.b64encode("josé:sesame".encode()).decode()
     wrong = base64.b64encode(b"sesame:open").decode()
     try:
         for path in ("/jobs", "/v1/models", "/sdapi/v1/progress", "/", "/metrics", "/images"):
             for given, status in (
                 ("Bearer sesame", 200),
                 (f"Basic {basic}", 200),
+                (f"Basic {accented}", 200),
                 (f"Basic {wrong}", 401),
                 ("Bearer sesam", 401),
                 ("Bearer", 401),

@@ -138,7 +138,7 @@ def test_alike_prompts_are_drawn_together_without_changing(batch):
 
 def test_the_format_and_prompts_a_line(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
-    Path("set.txt").write_text("\n a cat\n\na dog, from: 7\n")
+    Path("set.txt").write_text("\ufeff\n a cat\n\na dog, from: 7\n", "utf-8")  # as Windows does
     words = ["batch", "set.txt", "-o", "out", "-m", model, "--format", "webp", "--steps", "1"]
     outcome = CliRunner().invoke(cli.app, words)
     assert outcome.exit_code == 0, outcome.output

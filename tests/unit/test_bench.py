@@ -68,6 +68,7 @@ def test_settings_are_read_and_checked_before_anything_is_measured(model):
     }
     for text, told in [
         ("stesp=3", "names are attention"),
+        ("scheduler=[", "compare='scheduler=\\['"),
         ("steps", "NAME=VALUE"),
         ("steps=0", "between 1 and 1000"),
         ("height=20", "multiple of 8"),

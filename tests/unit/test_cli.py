@@ -271,6 +271,8 @@ def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeyp
     (tmp_path / "set.yaml").write_text("prompts: [a cat]")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mine" / "pictures").mkdir(parents=True)
+    (tmp_path / "mine" / "pictures" / "1.png").write_text("mine")
     words = ("evaluate", "set.yaml", "-m", model, "--clip")
     for more, told in [
         (("nothere", "-o", "file"), "output='file': cannot be written"),
@@ -281,6 +283,7 @@ def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeyp
         (("x", "-n", "65"), "num-images=65"),
         ((model, "--images", "empty"), "clip="),  # a model without an image_encoder
         (("x", "--embedding", "no.safetensors"), "embedding='no.safetensors': no such file"),
+        (("x", "-o", "mine"), "output='mine/pictures': has pictures that no evaluation drew"),
         (("x", "--real-dir", "empty"), "real-dir='empty': it holds no pictures (.avif, "),
     ]:
         refused = run(*words, *more, status=2)
@@ -288,7 +291,7 @@ def test_evaluate_checks_its_words_before_it_draws(run, model, tmp_path, monkeyp
         assert refused.stderr.count("\n") == 1
     refused = run("evaluate", "set.yaml", "-m", model, status=2)
     assert "--clip openai/clip-vit-base-patch32" in refused.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "set.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "mine", "set.yaml"]
 
 
 def test_a_checkpoint_is_drawn_at_its_own_size_with_the_configuration_of_a_folder(

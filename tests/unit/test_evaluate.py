@@ -125,6 +125,16 @@ def test_saved_pictures_come_back_in_their_order(tmp_path):
     assert found["retrieval_top_1"] == 1
 
 
+def test_what_was_measured_is_not_overwritten(tmp_path):
+    picture = tmp_path / "pictures" / "0001.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"mine")
+    Evaluation({}, {}, painted(range(8)), PROMPTS).save(tmp_path, pictures=False)
+    assert picture.read_bytes() == b"mine"
+    assert (tmp_path / "evaluation.json").is_file()
+    assert list(picture.parent.iterdir()) == [picture]
+
+
 def test_prompt_sets_are_read_with_their_settings(tmp_path):
     file = tmp_path / "set.yaml"
     file.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from dataclasses import replace
@@ -52,6 +53,21 @@ def test_a_quality_that_is_none_is_refused_and_nothing_is_written(result, tmp_pa
         with pytest.raises(InvalidRequest, match=r"quality.*a whole number from 1 to 100"):
             result.save(tmp_path / f"x.{ending}", quality)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(result, tmp_path, monkeypatch):
+    result = replace(result, images=result.images[:1])
+    (path,) = result.save(tmp_path / "x.png")
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("latentgen.outputs.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        result.save(tmp_path / "x.png", 90)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_lora_in_a_negative_prompt_of_the_webui_is_left_out_and_told():
