@@ -34,31 +34,37 @@ class Task:
     request: ResolvedRequest
     files: list[Path]
 
-    def is_done(self, pipe: LatentDiffusion, overwrite: bool = False) -> bool:
+    def is_done(
+        self, pipe: LatentDiffusion, overwrite: bool = False, quality: int | None = None
+    ) -> bool:
         """Whether all its pictures are there.
 
         Args:
             pipe: what it would be drawn with.
             overwrite: other pictures under these names count as none, instead of being refused.
+            quality: what it would be written with, see `draw`.
 
         Raises:
             InvalidRequest: a file under one of these names is not from this request and model.
         """
         there = [file for file in self.files if file.exists()]
-        strange = [file for file in there if not self._came_from_this(file, pipe)]
+        quality = quality if quality is not None else metadata.QUALITY
+        strange = [file for file in there if not self._came_from_this(file, pipe, quality)]
         if strange and not overwrite:
-            hint = "not a picture of this prompt, these settings, this model and its dtype"
+            hint = "not a picture of this prompt, these settings, this model, dtype and quality"
             raise InvalidRequest(
                 "output", str(strange[0]), f"{hint}; another --output, or --overwrite"
             )
         return len(there) - len(strange) == len(self.files)
 
-    def _came_from_this(self, file: Path, pipe: LatentDiffusion) -> bool:
+    def _came_from_this(self, file: Path, pipe: LatentDiffusion, quality: int) -> bool:
         try:
             known = metadata.read(file).record
         except InvalidRequest:
             return False
         if known is None:
+            return False
+        if file.suffix.lower() != ".png" and known["quality"] != quality:  # PNG loses nothing
             return False
         dtype = str(pipe.unet.dtype).removeprefix("torch.")
         settings = {"dtype": dtype, **pipe.embeddings_in(self.request)}

@@ -346,7 +346,7 @@ def batch(
             with console.status("loading the model"):
                 requests = [task.request for task in tasks]
                 pipe = _load(model, device, dtype, attention, embedding, requests)
-                waiting = [task for task in tasks if not task.is_done(pipe, overwrite)]
+                waiting = [task for task in tasks if not task.is_done(pipe, overwrite, quality)]
             total = sum(len(task.files) for task in tasks)
             there = total - sum(len(task.files) for task in waiting)
             columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
@@ -555,7 +555,7 @@ def models() -> None:
     from . import modelfolder
 
     table = Table(box=None)
-    table.add_column("model", overflow="fold", no_wrap=False)  # whole: it is what --model takes
+    table.add_column("model", overflow="fold")  # whole: it is what --model takes
     for column in ("size", "steps", "guidance", "where"):
         table.add_column(column)
     places = {
@@ -568,7 +568,8 @@ def models() -> None:
             size = "" if entry.is_single_file else f"{entry.width} x {entry.height}"
             steps, guidance = str(entry.num_inference_steps), f"{entry.guidance_scale:g}"
             table.add_row(entry.name, size, steps, guidance, where)
-    Console().print(table)
+    wide = None if sys.stdout.isatty() else 1000  # a line each, for programs
+    Console(width=wide).print(table)
     typer.echo("--model also takes any folder in the diffusers layout or .safetensors checkpoint.")
 
 

@@ -144,6 +144,9 @@ def test_the_format_and_prompts_a_line(tmp_path, monkeypatch, model):
     assert outcome.exit_code == 0, outcome.output
     assert there() == ["1-a-cat.webp", "2-a-dog-from-7.webp"]
     assert metadata.read("out/1-a-cat.webp").format == "WEBP"
+    outcome = CliRunner().invoke(cli.app, [*words, "--quality", "10"])
+    assert outcome.exit_code == 2
+    assert "dtype and quality; another --output, or --overwrite" in outcome.output
 
 
 @pytest.mark.parametrize(

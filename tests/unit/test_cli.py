@@ -336,6 +336,9 @@ def test_the_lists_name_everything(run, model, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "models" / "toy")
     monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
     assert "toy" in run("models").stdout
+    long = "a-name-of-many-words" * 5
+    shutil.copytree(model, tmp_path / "models" / long)
+    assert long in run("models").stdout  # whole, for programs
     assert run("--version").stdout == f"latentgen {latentgen.__version__}\n"
 
 
