@@ -332,7 +332,7 @@ def batch(
         with _reporting("what is drawn stays; the same command goes on"):
             from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-            from . import modelfolder
+            from . import metadata, modelfolder
             from .batch import draw, plan
             from .promptfile import read_prompts
 
@@ -341,6 +341,7 @@ def batch(
             flags |= {"num_images": num_images}
             settings = {name: value for name, value in flags.items() if value is not None}
             found, ending = modelfolder.find(model), f".{format.removeprefix('.')}"
+            metadata.check_quality(metadata.picture_format(Path(f"picture{ending}")), quality)
             tasks = plan(read_prompts(prompts), found, output, ending, seed, **settings)
             console = _console()
             with console.status("loading the model"):
@@ -542,7 +543,7 @@ def evaluate(
                 )
         for name, value in evaluation.metrics.items():
             typer.echo(f"{name:20} {value:.4f}")
-        written = evaluation.save(output, pictures=images is None)
+        written = evaluation.save(output)
         typer.echo(", ".join(map(str, written)))
 
 
@@ -737,8 +738,10 @@ def _draw(
             if gif.suffix.lower() != ".gif":
                 raise InvalidRequest("gif", str(gif), "the name must end in .gif")
         request = Request(num_inference_steps=steps, loras=lora or (), **options)
+        format = metadata.picture_format(output if output is not None else Path("picture.png"))
+        metadata.check_quality(format, quality)
         if output is not None:
-            metadata.check_fits(metadata.picture_format(output), request)
+            metadata.check_fits(format, request)
             for target in metadata.numbered(output, request.num_images):
                 check_file(target)
             if grid:
@@ -750,7 +753,6 @@ def _draw(
         if grid:
             sheet = _sheet_name(target)
             page = contact_sheet(result.images)
-            format = metadata.picture_format(sheet)
             text = metadata.infotext(result, 0)
             write_file(sheet, metadata.encode(page, format, text, None, quality))
             written.append(sheet)

@@ -20,7 +20,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ from transformers import (
 
 from .errors import InvalidRequest
 from .images import contact_sheet
+from .metadata import encode_result
 from .modelfolder import fetch, is_hub_id
+from .outputs import write_file
 from .pipeline import LatentDiffusion, quietly
 from .promptfile import PromptSet
 
@@ -53,27 +55,29 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`: the figures by name. `settings`: what they were measured on."""
+    """`metrics`: the figures by name. `settings`: what they were measured on. `files`: the pictures
+    as PNG files that tell how they were drawn, if they were drawn here."""
 
     metrics: dict[str, float]
     settings: dict[str, Any]
     images: list[Image.Image]
     prompts: list[str]
+    files: list[bytes] = field(default_factory=list)
 
-    def save(self, folder: str | Path, pictures: bool = True) -> list[Path]:
-        """Write `evaluation.json`, the labelled `contact-sheet.png`, and, with `pictures`, every
-        picture into a folder of that name, in place of those of an earlier evaluation."""
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write `evaluation.json`, the labelled `contact-sheet.png`, and every picture that was
+        drawn here into the folder `pictures`, in place of those of an earlier evaluation."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         report = folder / "evaluation.json"
         facts = {"metrics": self.metrics, "settings": self.settings}
         report.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        if pictures:
+        if self.files:
             (folder / "pictures").mkdir(exist_ok=True)
             for stale in (folder / "pictures").glob("[0-9][0-9][0-9][0-9].png"):
                 stale.unlink()
-            for i, image in enumerate(self.images):
-                image.save(folder / "pictures" / f"{i:04d}.png")
+            for i, file in enumerate(self.files):
+                write_file(folder / "pictures" / f"{i:04d}.png", file)
         sheet = folder / "contact-sheet.png"
         each = len(self.images) // len(self.prompts)
         captions = [prompt for prompt in self.prompts for _ in range(each)]
@@ -152,14 +156,17 @@ def evaluate(
     if real is not None:
         _check_enough(len(prompts.entries) * each, len(real))
     images: list[Image.Image] = []
+    files: list[bytes] = []
     total = len(prompts.entries) * each
     seconds = 0.0
     seeds = prompts.seeds([each] * len(prompts.entries), seed)
     for entry, first in zip(prompts.entries, seeds, strict=True):
         own = entry | settings | {"num_images": each, "seed": first}
         started = time.perf_counter()
-        images += pipe.generate(**own).images
+        result = pipe.generate(**own)
         seconds += time.perf_counter() - started
+        images += result.images
+        files += [encode_result(result, k, "PNG") for k in range(each)]
         on_picture(len(images), total)
     metrics = measure(images, prompts.prompts, judge, real)
     metrics["seconds_per_picture"] = seconds / total
@@ -176,7 +183,7 @@ def evaluate(
         "num_real": len(real) if real is not None else None,
         **settings,
     }
-    return Evaluation(metrics, facts, images, prompts.prompts)
+    return Evaluation(metrics, facts, images, prompts.prompts, files)
 
 
 def num_images_of(prompts: PromptSet, num_images: int | None) -> int:

@@ -41,6 +41,7 @@ __all__ = [
     "Infotext",
     "Picture",
     "check_fits",
+    "check_quality",
     "differences",
     "encode",
     "encode_result",
@@ -115,6 +116,13 @@ def check_fits(format: str, request: Request) -> None:
     in_infotext = sum(len(text.encode("utf-16-be")) for text in texts)
     if format == "JPEG" and in_record + in_infotext > 60_000:
         raise InvalidRequest("output", "JPEG", "its metadata cannot hold such a prompt; PNG can")
+
+
+def check_quality(format: str, quality: int) -> None:
+    """Refuse a quality that a format has no use for."""
+    if format == "PNG" and quality not in (QUALITY, 100):
+        hint = "PNG loses nothing; it goes with the other formats"
+        raise InvalidRequest("quality", quality, hint)
 
 
 def picture_format(path: Path) -> str:

@@ -64,7 +64,16 @@ ATTENTIONS = ("sdpa", "xformers", "sliced")
 # the whole process. So threads that draw with one pipeline also read each ControlNet once.
 _loading = RLock()
 
-__all__ = ["ATTENTIONS", "LatentDiffusion", "Result", "Step", "generate", "img2img", "inpaint"]
+__all__ = [
+    "ATTENTIONS",
+    "LatentDiffusion",
+    "Result",
+    "Step",
+    "choose_place",
+    "generate",
+    "img2img",
+    "inpaint",
+]
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         if found.is_single_file:
             assert found.path is not None
             return cls.from_single_file(found.path, device, dtype, attention, config)
-        device, dtype = _pick(device, dtype, attention)
+        device, dtype = choose_place(device, dtype, attention)
         source = str(found.path) if found.hub_id is None else found.hub_id
         how: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
         load = super().from_pretrained
@@ -250,7 +259,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         found = modelfolder.find(path)
         if not found.is_single_file:
             raise InvalidRequest("model", str(path), "not a file; from_pretrained loads folders")
-        device, dtype = _pick(device, dtype, attention)
+        device, dtype = choose_place(device, dtype, attention)
         try:
             pipe = quietly(
                 super().from_single_file,
@@ -824,10 +833,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _pick(
+def choose_place(
     device: str | torch.device | None, dtype: torch.dtype | str | None, attention: str | None
 ) -> tuple[torch.device, torch.dtype]:
-    """Check what the machine is asked for and fill in the best it has."""
+    """Check what the machine is asked for and fill in the best it has.
+
+    Raises:
+        InvalidRequest: there is no such device, data type or attention here.
+    """
     if device is None:
         best = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else best

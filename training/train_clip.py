@@ -36,6 +36,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from latentgen.errors import DataError
 from latentgen.training.config import DataConfig, at_least, flag, parse_config
 from latentgen.training.data import (
     Batch,
@@ -200,6 +201,18 @@ def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
+def check_lengths(tokenizer: CLIPTokenizer, pictures: list[Picture]) -> None:
+    """Raises DataError, with their pictures, when captions are longer than can be learnt."""
+    long = [
+        f"  {picture.file}: {caption!r}"
+        for picture in pictures
+        for caption in picture.captions
+        if len(tokenizer(caption).input_ids) > MAX_LENGTH
+    ]
+    if long:
+        raise DataError("\n".join([f"captions longer than {MAX_LENGTH} tokens:", *long[:10]]))
+
+
 def shifted(pixels: Tensor, batch: Batch, resolution: int) -> Tensor:
     """The batch's pictures, each moved a little: (B, 3, R, R) in [-1, 1]."""
     top, left = batch.integers(2 * SHIFT + 1), batch.integers(2 * SHIFT + 1)
@@ -245,6 +258,7 @@ def train_clip() -> None:
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device)
         data = f"{data} {weights_key(clip.text_model)}"
         model: nn.Module = ImageStudent(clip)
+        check_lengths(tokenizer, [*pictures, *unseen])
         captions = sorted({caption for picture in pictures for caption in picture.captions})
         numbers = {caption: i for i, caption in enumerate([*captions, *names])}
         with torch.no_grad():
@@ -266,6 +280,7 @@ def train_clip() -> None:
         words = teacher.words()
         unknown, words = words[::50], [word for i, word in enumerate(words) if i % 50 != 0]
         tokenizer = train_tokenizer([*captions, *words], config.vocab_size)
+        check_lengths(tokenizer, [*pictures, *unseen])
         clip = build_clip(tokenizer, config.resolution)
         model = Student(clip, teacher.width)
 

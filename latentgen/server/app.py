@@ -27,7 +27,7 @@ from .guard import Guard
 from .jobs import QueueFull
 from .log import without_values
 from .refusals import JSON_REFUSALS, REFUSALS, WEBUI_REFUSALS, refusal
-from .service import Gone, Service
+from .service import LEAVING, Gone, Leaving, Service
 from .settings import Settings
 
 __all__ = ["create_app"]
@@ -155,6 +155,10 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     @app.exception_handler(Gone)
     async def gone(request: Request, error: Gone) -> JSONResponse:
         return answer(request, 499, "nobody waits for the answer any more")
+
+    @app.exception_handler(Leaving)
+    async def leaving(request: Request, error: Leaving) -> JSONResponse:
+        return answer(request, 503, LEAVING)
 
 
 def _add_watching(app: FastAPI, settings: Settings, locks: list[Any]) -> None:

@@ -22,6 +22,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from .. import metadata
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
+from ..modelfolder import Model
 from ..outputs import write_file
 from ..request import Request
 from .settings import Settings
@@ -225,9 +226,7 @@ def accept(
             what = "pixels in all" if field == "width" else "here"
             raise InvalidRequest(field, getattr(resolved, field), f"at most {most} {what}")
     form = drawing.output_format
-    if form == "png" and drawing.quality not in (metadata.QUALITY, 100):
-        hint = "PNG loses nothing; it goes with the other formats"
-        raise InvalidRequest("quality", drawing.quality, hint)
+    metadata.check_quality(FORMATS[form], drawing.quality)
     try:
         metadata.check_fits(FORMATS[form], resolved)
     except InvalidRequest as error:
@@ -252,6 +251,13 @@ def accept(
         picture.save(stream, "PNG")
         write_file(file, stream.getvalue())
     return job
+
+
+def size_of(image: Image.Image, model: Model) -> dict[str, int]:
+    """The picture's size, or the next smaller one that the model can draw."""
+    factor = model.vae_scale_factor
+    sides = {"width": image.width, "height": image.height}
+    return {side: max(factor, length // factor * factor) for side, length in sides.items()}
 
 
 def decode_picture(text: str, field: str, settings: Settings) -> Image.Image:

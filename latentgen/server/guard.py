@@ -115,7 +115,11 @@ class Guard:
         elif kind.lower() != "bearer":
             return False
         assert self._token is not None
-        return secrets.compare_digest(value.strip().encode(), self._token.encode())
+        value = value.strip()
+        sent = [value.encode()]
+        if kind.lower() == "bearer":  # headers are read as Latin-1; most clients send UTF-8
+            sent.append(value.encode("latin-1"))
+        return any(secrets.compare_digest(one, self._token.encode()) for one in sent)
 
 
 def _unframed(send: Send) -> Send:

@@ -183,9 +183,10 @@ def alone(url: str) -> Iterator[None]:
     file lies in a folder that is locked already.
 
     Raises:
-        InvalidRequest: another server has it, or it cannot be reached.
+        InvalidRequest: another server has it, or it cannot be reached or read.
     """
     if url.startswith("sqlite"):
+        _check_readable(Path(url.removeprefix("sqlite:///")))
         yield
         return
     _check_reachable(url)
@@ -196,6 +197,15 @@ def alone(url: str) -> Iterator[None]:
             hint = "another server uses it; stop that one, or give each a database of its own"
             raise InvalidRequest("database_url", engine.url.database, hint)
         yield
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.execute("SELECT name FROM sqlite_master").fetchall()
+    except sqlite3.Error as error:
+        hint = f"cannot be read ({error}); put it elsewhere, and the server makes a new one"
+        raise InvalidRequest("database", str(file), hint) from None
 
 
 def _check_reachable(url: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InvalidRequest
 from .drawing import Job
 from .jobs import Jobs, JobState
 from .settings import Settings
@@ -67,6 +68,7 @@ class Live:
         self.settings, self.jobs = settings, jobs
         self.running: dict[str, Progress] = {}
         self.ready = asyncio.Event()  # the worker takes jobs
+        self.refused: InvalidRequest | None = None  # why no worker can draw anything
         self.deaths = 0
         self.mean_seconds = 1.0  # of a batch, for those who are told to come again
         self._followers: dict[str, set[_Follower]] = {}
@@ -158,6 +160,8 @@ class Live:
             self.ready.clear()
             self.running.clear()
             self._notify(self._followers, ask=True)
+            if self.refused is not None:
+                return
             if not self._closing:
                 self.deaths += 1
                 log.warning("the worker ended with status %s; starting another", code)
@@ -167,6 +171,8 @@ class Live:
         match told["event"]:
             case "ready":
                 self.ready.set()
+            case "refused":
+                self.refused = InvalidRequest(told["field"], told["value"], told["hint"])
             case "started":
                 self.running |= {id: Progress() for id in told["ids"]}
                 self._notify(told["ids"], ask=True)

@@ -2,7 +2,8 @@
 
 What a field of theirs means here:
 
-    n, size             num_images; WIDTHxHEIGHT or "auto", the model's own size
+    n, size             num_images; WIDTHxHEIGHT or "auto": the model's own size, or the picture's,
+                        if need be a little smaller, so that the model can draw it
     quality             "low" half the model's steps, "high" and "hd" twice as many; `steps` says it
     response_format     "url" (the default; a picture on this server) or "b64_json"
     output_compression  the quality of JPEG and WebP
@@ -39,9 +40,9 @@ from starlette.datastructures import FormData, UploadFile
 
 from .. import metadata
 from ..errors import InvalidRequest
-from .drawing import LAST_SEED, MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture
+from .drawing import LAST_SEED, MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture, size_of
 from .native import TheService, pictures_of
-from .service import Service, Sketch
+from .service import LEAVING, Service, Sketch
 
 __all__ = ["router"]
 
@@ -186,7 +187,7 @@ def _form(kind: type[BaseModel], files: set[str]) -> dict[str, Any]:
 @router.post("/images/generations", response_model=Answer, responses=STREAM)
 async def generations(asked: Generation, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
-    job = await service.submit(lambda: (_drawing(asked, service, False), None, None))
+    job = await service.submit(lambda: (_drawing(asked, service), None, None))
     return await _answer(service, request, asked, "image_generation", job)
 
 
@@ -242,7 +243,7 @@ def _edit(asked: Edit, files: dict[str, bytes], service: Service) -> Sketch:
     repaint = _transparent(mask if mask is not None else image)
     if mask is not None and repaint is None:
         raise InvalidRequest("mask", "a picture", "nothing in it is transparent, to be repainted")
-    return _drawing(asked, service, True), image, repaint
+    return _drawing(asked, service, image), image, repaint
 
 
 def _variation(asked: Variation, files: dict[str, bytes], service: Service) -> Sketch:
@@ -252,7 +253,7 @@ def _variation(asked: Variation, files: dict[str, bytes], service: Service) -> S
         hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
         raise InvalidRequest("prompt", None, hint)
     wanted = checked(Edit, asked.model_dump(exclude={"prompt"}) | {"prompt": prompt})
-    return _drawing(wanted, service, True), image, None
+    return _drawing(wanted, service, image), image, None
 
 
 async def _answer(
@@ -299,6 +300,9 @@ async def _events(
     try:
         async for state in service.live.follow(job.id):
             ended = state.ended is not None
+            if service.leaving and not ended:
+                yield _failed(LEAVING)
+                return
             progress = service.live.running.get(job.id)
             for png in progress.previews[shown:] if progress is not None and not ended else ():
                 preview = await asyncio.to_thread(_recoded, png, job)
@@ -313,12 +317,15 @@ async def _events(
                     told = {"usage": _usage(), **created}
                     yield await asyncio.to_thread(_event, f"{kind}.completed", told, picture)
             elif ended:
-                message = service.settings.told(state.error or "the job was cancelled")
-                error = {"message": message, "type": "server_error", "param": None, "code": None}
-                yield _event("error", {"error": error})
+                yield _failed(service.settings.told(state.error or "the job was cancelled"))
     finally:
         if not ended:  # the client hung up
             await service.abandon(job.id)
+
+
+def _failed(message: str) -> bytes:
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    return _event("error", {"error": error})
 
 
 def _event(kind: str, facts: dict[str, Any], picture: bytes | None = None) -> bytes:
@@ -340,7 +347,7 @@ def _recoded(png: bytes, job: Job) -> bytes:
     return stream.getvalue()
 
 
-def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing:
+def _drawing(asked: Generation, service: Service, image: Image.Image | None = None) -> Drawing:
     """The request in our own words."""
     partial = asked.partial_images or 0
     if partial and not asked.stream:
@@ -362,15 +369,16 @@ def _drawing(asked: Generation, service: Service, from_picture: bool) -> Drawing
     if asked.size is not None and asked.size != "auto":
         width, _, height = asked.size.partition("x")
         fields |= {"width": int(width), "height": int(height)}
+    models = service.settings.models()
+    model = models.get(asked.model) if asked.model is not None else next(iter(models.values()))
+    if image is not None and model is not None:
+        fields = size_of(image, model) | fields
     if asked.output_compression is not None:
         fields["quality"] = max(1, asked.output_compression)
-    if asked.quality in QUALITY and asked.steps is None:
-        models = service.settings.models()
-        found = models.get(asked.model) if asked.model is not None else next(iter(models.values()))
-        if found is not None:
-            steps = round(found.num_inference_steps * QUALITY[asked.quality])
-            fields["num_inference_steps"] = max(1, min(steps, service.settings.max_steps))
-    if "strength" in fields and not from_picture:
+    if asked.quality in QUALITY and asked.steps is None and model is not None:
+        steps = round(model.num_inference_steps * QUALITY[asked.quality])
+        fields["num_inference_steps"] = max(1, min(steps, service.settings.max_steps))
+    if "strength" in fields and image is None:
         raise InvalidRequest("strength", fields["strength"], "goes with an image")
     return checked(Drawing, fields)
 

@@ -36,7 +36,7 @@ from .. import lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
 from ..request import Request
-from .drawing import Drawing, LoraChoice, checked, open_picture
+from .drawing import Drawing, LoraChoice, checked, open_picture, size_of
 from .jobs import JobState, QueueFull
 from .log import without_values
 from .service import Service
@@ -485,9 +485,7 @@ def read_form(
         form["width"] = form["height"] = None
         model = settings.models().get(form["model"])
         if form["padding_mask_crop"] is None and model is not None:
-            for side, length in (("width", image.width), ("height", image.height)):
-                factor = model.vae_scale_factor
-                form[side] = max(factor, length // factor * factor)
+            form |= size_of(image, model)
     given = {name: value for name, value in form.items() if value is not None}
     drawing = checked(Drawing, {"prompt": "", "previews": PREVIEWS, **given})
     return drawing, image, mask

@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from .. import startup
+from ..errors import InvalidRequest
 from .log import log_as_json
 from .settings import Settings
 
@@ -48,7 +49,12 @@ def main() -> None:
 
     from .worker import launch  # seconds of imports
 
-    workers.append(launch(settings, out, cancelled))
+    try:
+        workers.append(launch(settings, out, cancelled))
+    except InvalidRequest as error:
+        told = {"field": error.field, "value": str(error.value), "hint": error.hint}
+        print(json.dumps({"event": "refused", **told}), file=out, flush=True)
+        os._exit(0)  # a thread listens
     startup.end()
     listener.join()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from filelock import FileLock, Timeout
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -20,6 +22,7 @@ from .settings import Settings
 __all__ = ["serve"]
 
 CONNECTIONS = 512  # beyond them, requests are answered 503
+STOPPED = 5  # seconds after which whoever still waits is cut off
 
 
 class Patient(H11Protocol):
@@ -40,12 +43,28 @@ class Patient(H11Protocol):
             waiting.cancel()
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the service that it is being stopped, and which stops if the worker
+    says that it can draw nothing as it was told to."""
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._app.state.service.live.refused is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.service.leave()
+        await super().shutdown(sockets)
+
+
 def serve(settings: Settings) -> None:
     """Serve until somebody stops it.
 
     Raises:
-        InvalidRequest: there is no such model, others could reach it without a token, or another
-            server keeps its things in the same folder or database.
+        InvalidRequest: there is no such model, device or address, others could reach it without a
+            token, or another server keeps its things in the same folder or database.
     """
     check_exposure(settings)
     settings.models()
@@ -63,18 +82,34 @@ def serve(settings: Settings) -> None:
         log_as_json()
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
         app = create_app(settings)
-        startup.end()
-        print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
-        uvicorn.run(
+        config = uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             access_log=False,
             http=Patient,
             timeout_keep_alive=30,
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=STOPPED,
             h11_max_incomplete_event_size=64 * 1024,
             server_header=False,
         )
+        server = Server(app, config)
+        with listen(settings) as listening:
+            startup.end()
+            print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
+            server.run([listening])
+    refused = app.state.service.live.refused
+    if refused is not None:
+        raise refused
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The address, taken before anything is said of it."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        address = f"{settings.host}:{settings.port}"
+        reason = str(error.strerror).partition(" (")[0]  # Python tells the address once more
+        hint = f"nothing can listen there ({reason}); try another --port or --host"
+        raise InvalidRequest("address", address, hint) from None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,15 @@ from .jobs import Jobs, JobState, QueueFull
 from .live import Live, remove_inputs, remove_outputs
 from .settings import Settings
 
-__all__ = ["Gone", "Service"]
+__all__ = ["LEAVING", "Gone", "Leaving", "Service"]
 
 KEEP_DAYS = 30  # that the database remembers a job that ended; its pictures stay
 HANDS = 4  # pictures that are decoded and checked at once
 DAY = 86_400  # seconds; so often is tidied up
 CANCELLED = 1000  # of the newest cancelled jobs: a server that was killed may have left pictures
 LOOK = 1.0  # seconds between looks whether a client still waits
+GRACE = 2.0  # seconds that jobs have to end in, while the server is being stopped
+LEAVING = "the server is being stopped; the job stays in the queue"
 PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avif)")
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,10 @@ class Gone(Exception):
     """The client hung up; its job was cancelled."""
 
 
+class Leaving(Exception):
+    """The server is being stopped; a job that was waited for stays in the queue."""
+
+
 class Service:
     """One server's jobs. Its methods belong to the event loop."""
 
@@ -46,6 +53,7 @@ class Service:
         self.settings = settings
         self.jobs = Jobs(settings.database, settings.max_queue)
         self.live = Live(settings, self.jobs)
+        self._patience = math.inf  # until when clients can wait, by the monotonic clock
         self.open = 0  # jobs that have not ended: right after `count`, near enough in between
         self._coming = 0  # jobs, perhaps, on their way into the queue
         self._hands = asyncio.Semaphore(HANDS)
@@ -57,6 +65,15 @@ class Service:
         self._tasks = [
             asyncio.create_task(work) for work in (self._keep_counting(), self._keep_tidy())
         ]
+
+    def leave(self) -> None:
+        """The server is being stopped: those who wait for a job are let go after a moment."""
+        self._patience = time.monotonic() + GRACE
+
+    @property
+    def leaving(self) -> bool:
+        """Whether nobody can wait for a job any longer."""
+        return time.monotonic() > self._patience
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -112,17 +129,19 @@ class Service:
 
         Raises:
             Gone: it does not any more, or somebody deleted the job.
+            Leaving: the server is being stopped.
         """
         end = asyncio.create_task(self._end(job.id))
         try:
             while not end.done():
                 await asyncio.wait({end}, timeout=LOOK)
                 if not end.done() and await request.is_disconnected():
+                    await self.live.cancel(job.id)
                     raise Gone
+                if not end.done() and self.leaving:
+                    raise Leaving
         finally:
-            if not end.done():
-                end.cancel()
-                await self.abandon(job.id)
+            end.cancel()
         state = end.result()
         if state is None:
             raise Gone
@@ -135,8 +154,9 @@ class Service:
         return None
 
     async def abandon(self, id: str) -> None:
-        """Cancel a job whose client hung up, also while its own task is being cancelled."""
-        await asyncio.shield(self.live.cancel(id))
+        """Cancel a job whose client hung up, while its own task is being cancelled."""
+        if self._patience == math.inf:  # else that may be the reason
+            await asyncio.shield(self.live.cancel(id))
 
     def pictures(self, state: JobState) -> list[Path]:
         """The files of a job that is done."""

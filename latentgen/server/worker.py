@@ -25,7 +25,7 @@ from filelock import FileLock
 from .. import metadata
 from ..errors import InvalidRequest, LatentgenError
 from ..outputs import write_file
-from ..pipeline import LatentDiffusion, Result, Step
+from ..pipeline import LatentDiffusion, Result, Step, choose_place
 from ..request import ResolvedRequest, can_join, together
 from .drawing import FORMATS, Job
 from .jobs import APP, DRAWS, QUEUE, VERSION, WORKFLOW, open_client, prepare
@@ -249,7 +249,12 @@ class Worker:
 
 
 def launch(settings: Settings, tell: TextIO, cancelled: Collection[str]) -> Worker:
-    """Begin to take jobs out of the queue, as soon as no other worker of the folder does."""
+    """Begin to take jobs out of the queue, as soon as no other worker of the folder does.
+
+    Raises:
+        InvalidRequest: this machine cannot draw where and how the settings say.
+    """
+    choose_place(settings.device, settings.dtype, settings.attention)
     lock = FileLock(settings.data_dir / "worker.lock")
     lock.acquire()
     prepare(settings.database)

@@ -9,10 +9,11 @@ import socket
 import httpx
 import pytest
 from conftest import HERE, Running
+from starlette.datastructures import Headers
 
 from latentgen.errors import InvalidRequest
 from latentgen.server.app import create_app
-from latentgen.server.guard import check_exposure
+from latentgen.server.guard import Guard, check_exposure
 from latentgen.server.service import Service
 from latentgen.server.settings import Settings
 
@@ -63,6 +64,14 @@ def test_only_who_has_the_token_is_answered(tmp_path, tiny):
         assert "security" not in told["paths"]["/health"]["get"]
     finally:
         server.process.kill()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_token_may_have_accents(encoding):
+    guard = Guard(None, Settings(token="sésame"))
+    for given, is_right in (("sésame", True), ("sesame", False)):
+        header = (b"authorization", f"Bearer {given}".encode(encoding))
+        assert guard._has_token(Headers(raw=[header])) == is_right
 
 
 def test_other_names_and_other_sites_get_nothing(server):
@@ -265,6 +274,37 @@ def test_a_second_server_does_not_use_the_same_folder(server, tiny):
     second.log = server.home.parent / "second.log"
     assert second.start().process.wait(60) == 2
     assert "another server uses it" in second.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--device", "abacus"], "device='abacus': cuda, mps or cpu"),
+        (["--dtype", "float12"], "dtype='float12': float32, float16 or bfloat16"),
+        (["--attention", "divided"], "attention='divided': one of"),
+    ],
+)
+def test_a_server_that_could_draw_nothing_does_not_stay(tiny, tmp_path, flags, told):
+    server = Running(tmp_path / "home", tiny, *flags).start()
+    assert server.process.wait(60) == 2
+    assert told in server.log.read_text().splitlines()[-1]
+
+
+def test_an_address_that_is_taken_and_a_damaged_database_are_told_in_one_line(
+    server, tiny, tmp_path
+):
+    second = Running(tmp_path / "home", tiny)
+    second.home.mkdir()
+    (second.home / "jobs.sqlite").write_bytes(b"nothing of the kind" * 100)
+    assert second.start().process.wait(60) == 2
+    (line,) = second.log.read_text().splitlines()
+    assert "jobs.sqlite': cannot be read" in line
+    (second.home / "jobs.sqlite").unlink()
+    second.log.unlink()
+    second._command[second._command.index("--port") + 1] = str(server.port)
+    assert second.start().process.wait(60) == 2
+    (line,) = second.log.read_text().splitlines()
+    assert "nothing can listen there (Address already in use)" in line
 
 
 def test_the_log_is_json_and_says_no_prompts(server):

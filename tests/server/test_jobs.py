@@ -5,6 +5,7 @@ import io
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -72,6 +73,34 @@ def test_events_tell_all_steps_and_the_previews_asked_for(server):
     first = next(data for kind, data in events if kind == "preview")
     assert Image.open(io.BytesIO(base64.b64decode(first["png"]))).size == (32, 32)
     assert server.events(id) == [events[-1]]  # it has ended: that is all there is
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_when_the_server_is_stopped_is_told_so_and_the_job_stays(tiny, tmp_path, stream):
+    server = Running(tmp_path / "home", tiny, "--max-steps", "900").start().wait()
+    asked = {"prompt": "a cat", "stream": stream, "steps": 900, "size": "512x512", "n": 8}
+    answers = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(server.http.post("/v1/images/generations", json=asked))
+    )
+    waiting.start()
+    while not (jobs := server.http.get("/jobs").json()["jobs"]):
+        time.sleep(0.05)
+    server.drawn(jobs[0]["id"], 3)
+    server.process.send_signal(signal.SIGTERM)
+    waiting.join()
+    server.process.wait(30)
+    try:
+        state = server.start().wait("").job(jobs[0]["id"])
+    finally:
+        server.process.kill()
+    assert state["status"] in ("queued", "running")
+    told = "the server is being stopped; the job stays in the queue"
+    if stream:
+        assert told in answers[0].text
+    else:
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["message"] == told
 
 
 def test_cancelling_stops_a_job_and_leaves_no_picture(server):

@@ -76,6 +76,25 @@ def test_a_stream_brings_previews_and_then_the_picture(client, form):
     assert events[-1].usage.total_tokens == 0
 
 
+def test_a_picture_of_any_size_is_edited(client, picture, mask):
+    """Its sides are those that the model can draw: the next smaller ones."""
+    options = {"prompt": "a dog", "response_format": "b64_json"}
+    odd, clear = picture.resize((35, 45)), mask.resize((35, 45)).convert("RGBA")
+    clear.putalpha(mask.resize((35, 45)).point(lambda value: 255 - value))
+    for fields in ({}, {"mask": png(clear)}, {"size": "auto"}):
+        answer = client.images.edit(image=png(odd), **fields, **options)
+        assert opened(answer.data[0]).size == (32, 40)
+        assert answer.size == "32x40"
+    assert opened(client.images.edit(image=png(odd), size="32x32", **options).data[0]).size == (
+        32,
+        32,
+    )
+    varied = client.images.create_variation(
+        image=png(odd), response_format="b64_json", extra_body={"prompt": "a dog"}
+    )
+    assert opened(varied.data[0]).size == (32, 40)
+
+
 def test_edits_repaint_what_is_transparent(client, picture, mask):
     clear = picture.convert("RGBA")
     clear.putalpha(mask.point(lambda value: 255 - value))

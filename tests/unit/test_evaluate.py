@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from latentgen import InvalidRequest
+from latentgen import InvalidRequest, metadata
 from latentgen.evaluate import Evaluation, evaluate, measure
 from latentgen.promptfile import PromptSet, read_prompts
 
@@ -111,7 +111,10 @@ def test_evaluating_twice_gives_the_same_figures(pipe, tmp_path):
     report = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert report["metrics"] == runs[0].metrics
     assert report["settings"]["num_inference_steps"] == 2
-    assert len(list((tmp_path / "report" / "pictures").iterdir())) == 4
+    pictures = sorted((tmp_path / "report" / "pictures").iterdir())
+    assert len(pictures) == 4
+    known = metadata.read(pictures[3]).record  # `replay` repeats it
+    assert (known["request"]["prompt"], known["index"]) == (["colour 1"], 1)
     with Image.open(written[1]) as sheet:
         assert sheet.height > 2 * 32  # the captions have room
 
@@ -119,8 +122,12 @@ def test_evaluating_twice_gives_the_same_figures(pipe, tmp_path):
 def test_saved_pictures_come_back_in_their_order(tmp_path):
     from latentgen.images import read_pictures
 
-    Evaluation({}, {}, painted([0] * 9), ["a\nprompt of two lines"]).save(tmp_path)
-    Evaluation({}, {}, painted(range(8)), PROMPTS).save(tmp_path)
+    for pictures, prompts in (
+        (painted([0] * 9), ["a\nprompt of two lines"]),
+        (painted(range(8)), PROMPTS),
+    ):
+        files = [metadata.encode(picture, "PNG", "", None, 95) for picture in pictures]
+        Evaluation({}, {}, pictures, prompts, files).save(tmp_path)
     found = measure(read_pictures(tmp_path / "pictures"), PROMPTS, ColourJudge())
     assert found["retrieval_top_1"] == 1
 
@@ -129,7 +136,7 @@ def test_what_was_measured_is_not_overwritten(tmp_path):
     picture = tmp_path / "pictures" / "0001.png"
     picture.parent.mkdir()
     picture.write_bytes(b"mine")
-    Evaluation({}, {}, painted(range(8)), PROMPTS).save(tmp_path, pictures=False)
+    Evaluation({}, {}, painted(range(8)), PROMPTS).save(tmp_path)
     assert picture.read_bytes() == b"mine"
     assert (tmp_path / "evaluation.json").is_file()
     assert list(picture.parent.iterdir()) == [picture]
