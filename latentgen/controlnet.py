@@ -147,9 +147,9 @@ def check_fits(found: ControlNet, unet: Mapping[str, Any]) -> None:
     """
     config = _config_of(found.path)
     for name in _SHARED:
-        own, wanted = config.get(name), unet[name]
+        own, wanted = config.get(name), unet.get(name)
         wanted = list(wanted) if isinstance(wanted, tuple) else wanted
-        if own is not None and own != wanted:
+        if None not in (own, wanted) and own != wanted:
             hint = f"made for another model: its {name} is {own}, the model's {wanted}"
             raise InvalidRequest("controlnet", found.name, hint)
 

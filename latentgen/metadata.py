@@ -512,10 +512,12 @@ def _recorded_control(told: Any, given: str | Path | None) -> str | Path | None:
         return None
     if not isinstance(told, dict) or not isinstance(told.get("name"), str):
         raise InvalidRequest("picture", told, "its record is damaged")
-    if given is None and (given := controlnet.names_there().get(told["name"])) is None:
+    if given is not None:
+        return given
+    if told["name"] not in controlnet.names_there():
         hint = "it was made with this ControlNet, which is not here; name it: --controlnet FOLDER"
         raise InvalidRequest("controlnet", told["name"], hint)
-    return given
+    return told["name"]
 
 
 def _named_loras(

@@ -140,6 +140,12 @@ class Model:
             return self.path
         return next(iter(weights_of(self.path / "unet")), None)
 
+    def unet_config(self) -> dict[str, Any]:
+        """The U-Net's configuration as its folder tells it; {} for a model that is no folder."""
+        if self.path is None or self.path.is_file():
+            return {}
+        return read_json(self.path / "unet" / "config.json")
+
     def hashes(self) -> list[str]:
         """Of all weights in its folder: `vae/name.safetensors 6ce0161689`, …"""
         if self.path is None:

@@ -33,7 +33,15 @@ from .settings import Settings
 __all__ = ["create_app"]
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")  # anybody can invent more
-OURS = ("/v1", "/sdapi", "/jobs", "/images", "/health", "/metrics")  # the rest is the page
+OURS = (
+    "/v1",
+    "/sdapi",
+    "/controlnet",
+    "/jobs",
+    "/images",
+    "/health",
+    "/metrics",
+)  # the rest is the page
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(native.router, responses=JSON_REFUSALS, dependencies=locks)
     app.include_router(openai.router, responses=REFUSALS, dependencies=locks)
     app.include_router(webui.router, responses=WEBUI_REFUSALS, dependencies=locks)
+    app.include_router(webui.of_control, responses=REFUSALS, dependencies=locks)
     _add_errors(app, settings)
     app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Guard, settings=settings)

@@ -12,14 +12,14 @@ import binascii
 import io
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from PIL import Image, ImageOps
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from .. import metadata
+from .. import controlnet, metadata
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
 from ..modelfolder import Model
@@ -45,6 +45,7 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # formats of pictures that are sent
 MAX_PROMPT = 20_000  # characters
 MAX_PREVIEWS = 50
+PICTURES = ("image", "mask_image", "control_image")  # that a drawing may have
 LAST_SEED = 2**63 - 1024  # the last number that the OpenAPI document, which has floats, can tell
 
 
@@ -111,6 +112,13 @@ class Drawing(BaseModel):
         ge=0,
         description="draw only the part around the mask, with this margin in pixels",
     )
+    controlnet: str | None = Field(
+        default=None, max_length=200, description="the name of one that is here"
+    )
+    control_image: str | None = Field(default=None, description="what the controlnet sees")
+    controlnet_conditioning_scale: float = Field(default=1.0, ge=0, le=10)
+    control_guidance_start: float = Field(default=0.0, ge=0, le=1, description="share of the steps")
+    control_guidance_end: float = Field(default=1.0, ge=0, le=1)
     output_format: Literal["png", "jpeg", "webp", "avif"] = "png"
     quality: int = Field(
         default=metadata.QUALITY, ge=1, le=100, description="not of PNG, which loses nothing"
@@ -163,14 +171,14 @@ class Job(BaseModel):
     request: dict[str, Any] = Field(description="as in the metadata of pictures; all resolved")
     seeds: list[int] = Field(description="of each picture")
     inputs: list[str] = Field(
-        default=[], description="which of image and mask_image it starts from"
+        default=[], description="which of image, mask_image and control_image it needs"
     )
     output_format: str
     quality: int
     previews: int = 0
 
     def input_file(self, settings: Settings, name: str) -> Path:
-        """Where a picture that it starts from is kept."""
+        """Where a picture that it needs is kept."""
         return settings.inputs / f"{self.id}-{name}.png"
 
     def output_files(self, settings: Settings) -> list[Path]:
@@ -191,13 +199,12 @@ class Job(BaseModel):
 def accept(
     drawing: Drawing,
     settings: Settings,
-    image: Image.Image | None = None,
-    mask_image: Image.Image | None = None,
+    pictures: Mapping[str, Image.Image] | None = None,
 ) -> Job:
-    """Check a drawing, decide what it left open, and keep the pictures that it starts from.
+    """Check a drawing, decide what it left open, and keep the pictures that it needs.
 
     Args:
-        image, mask_image: those of the drawing, if its API had them in another form.
+        pictures: those of the drawing that its API had in another form, by the names of the fields.
 
     Raises:
         InvalidRequest: names the field, its value and what would work.
@@ -206,15 +213,22 @@ def accept(
     name = drawing.model if drawing.model is not None else next(iter(models))
     if name not in models:
         raise InvalidRequest("model", name, f"one of {', '.join(models)}")
-    if drawing.image is not None:
-        image = decode_picture(drawing.image, "image", settings)
-    if drawing.mask_image is not None:
-        mask_image = decode_picture(drawing.mask_image, "mask_image", settings)
-    own = {"model", "loras", "image", "mask_image", "output_format", "quality", "previews"}
-    asked = drawing.model_dump(exclude=own)
+    there = controlnet.names_there()
+    if drawing.controlnet is not None and drawing.controlnet not in there:
+        hint = f"one of {', '.join(there)}" if there else "there are none here"
+        raise InvalidRequest("controlnet", drawing.controlnet, hint)
+    given: dict[str, Any] = dict(pictures or {})
+    for field in PICTURES:
+        if (sent := getattr(drawing, field)) is not None:
+            given[field] = decode_picture(sent, field, settings)
+    asked = drawing.model_dump(
+        exclude={"model", "loras", "output_format", "quality", "previews", *PICTURES}
+    )
     loras = [lora.use for lora in drawing.loras]
-    request = Request(**asked, loras=loras, image=image, mask_image=mask_image)
+    request = Request(**asked, loras=loras, **given)
     resolved = request.resolve(models[name])
+    if request.controlnet is not None:
+        controlnet.check_fits(request.controlnet, models[name].unet_config())
     for field, why in resolved.without_effect(models[name]).items():
         raise InvalidRequest(field, getattr(drawing, field), f"has no effect with {why}")
     for field, value, most in (
@@ -232,8 +246,6 @@ def accept(
     except InvalidRequest as error:
         raise InvalidRequest("output_format", form, error.hint) from error
 
-    pictures = {"image": request.image, "mask_image": request.mask_image}
-    given = {name: picture for name, picture in pictures.items() if picture is not None}
     job = Job(
         id=str(uuid.uuid4()),
         created=time.time(),
@@ -245,10 +257,10 @@ def accept(
         quality=drawing.quality,
         previews=drawing.previews,
     )
-    for kind, picture in given.items():
+    for kind in given:
         file = job.input_file(settings, kind)
         stream = io.BytesIO()
-        picture.save(stream, "PNG")
+        getattr(request, kind).save(stream, "PNG")
         write_file(file, stream.getvalue())
     return job
 

@@ -143,7 +143,7 @@ def pictures_of(service: Service, state: JobState) -> list[tuple[int, bytes]]:
 @router.post("/jobs", status_code=202)
 async def submit(drawing: Drawing, service: TheService) -> Accepted:
     """Put a drawing into the queue."""
-    job = await service.submit(lambda: (drawing, None, None))
+    job = await service.submit(lambda: (drawing, {}))
     return Accepted(id=job.id, status="queued")
 
 

@@ -187,7 +187,7 @@ def _form(kind: type[BaseModel], files: set[str]) -> dict[str, Any]:
 @router.post("/images/generations", response_model=Answer, responses=STREAM)
 async def generations(asked: Generation, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
-    job = await service.submit(lambda: (_drawing(asked, service), None, None))
+    job = await service.submit(lambda: (_drawing(asked, service), {}))
     return await _answer(service, request, asked, "image_generation", job)
 
 
@@ -243,7 +243,8 @@ def _edit(asked: Edit, files: dict[str, bytes], service: Service) -> Sketch:
     repaint = _transparent(mask if mask is not None else image)
     if mask is not None and repaint is None:
         raise InvalidRequest("mask", "a picture", "nothing in it is transparent, to be repainted")
-    return _drawing(asked, service, image), image, repaint
+    pictures = {"image": image} if repaint is None else {"image": image, "mask_image": repaint}
+    return _drawing(asked, service, image), pictures
 
 
 def _variation(asked: Variation, files: dict[str, bytes], service: Service) -> Sketch:
@@ -253,7 +254,7 @@ def _variation(asked: Variation, files: dict[str, bytes], service: Service) -> S
         hint = "the picture does not tell its prompt; send one (with the client: extra_body)"
         raise InvalidRequest("prompt", None, hint)
     wanted = checked(Edit, asked.model_dump(exclude={"prompt"}) | {"prompt": prompt})
-    return _drawing(wanted, service, image), image, None
+    return _drawing(wanted, service, image), {"image": image}
 
 
 async def _answer(

@@ -32,14 +32,14 @@ from gradio.data_classes import ImageData
 from gradio.exceptions import InvalidPathError
 from PIL import Image
 
-from .. import lorafolder, metadata, schedulers
+from .. import controlnet, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..lorafolder import LoraUse
 from ..request import Request
 from .drawing import Drawing, LoraChoice, checked, open_picture, size_of
 from .jobs import JobState, QueueFull
 from .log import without_values
-from .service import Service
+from .service import Service, Sketch
 from .settings import Settings
 
 __all__ = ["mount"]
@@ -77,10 +77,15 @@ FIELDS = (
     "strength",
     "mask_blur",
     "padding_mask_crop",
+    "controlnet",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
     "eta",
     "guidance_rescale",
     "output_format",
 )
+OF_CONTROL = FIELDS[-7:-3]
 # Those of them that a request has in the same way.
 SAME = (
     "num_inference_steps",
@@ -89,6 +94,9 @@ SAME = (
     "height",
     "strength",
     "mask_blur",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
     "eta",
     "guidance_rescale",
 )
@@ -237,6 +245,20 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                         minimum=0,
                         elem_id="mask-crop",
                     )
+                with gr.Accordion("Draw along a picture (ControlNet)", open=False):
+                    net = gr.Dropdown(
+                        [("none", ""), *controlnet.names_there()], value="", label="ControlNet"
+                    )
+                    control_image = gr.Image(
+                        type="filepath",
+                        sources=["upload", "clipboard"],
+                        label="What it sees: edges, a pose, depths, as it was trained for",
+                        elem_id="control-image",
+                    )
+                    control_scale = gr.Slider(0, 2, 1, step=0.05, label="How strongly")
+                    with gr.Row():
+                        control_start = gr.Slider(0, 1, 0, step=0.05, label="From this share")
+                        control_end = gr.Slider(0, 1, 1, step=0.05, label="of the steps to this")
                 with gr.Accordion("Settings", open=False):
                     model = gr.Dropdown(list(models), value=usual.name, label="Model")
                     scheduler = gr.Dropdown(
@@ -318,15 +340,21 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
             strength,
             mask_blur,
             mask_crop,
+            net,
+            control_scale,
+            control_start,
+            control_end,
             eta,
             rescale,
             format,
         ]
         page.process_api = plainly(page.process_api, settings)
 
-        async def start(painted: Any, mask: Any, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        async def start(
+            painted: Any, mask: Any, seen: Any, *values: Any
+        ) -> AsyncIterator[dict[Any, Any]]:
             """Draw what the form says, and show how it goes."""
-            job = await service().submit(read_form, values, painted, mask, settings)
+            job = await service().submit(read_form, values, painted, mask, seen, settings)
             yield {
                 told: "In the queue …",
                 job_id: job.id,
@@ -382,7 +410,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         gr.on(
             [draw.click, prompt.submit],
             start,
-            [editor, mask, *form],
+            [editor, mask, control_image, *form],
             everything,
             concurrency_limit=None,
             show_progress="hidden",
@@ -397,7 +425,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         more.click(lambda limit: limit + SHOWN, limit, limit).then(
             pictures, limit, [gallery, listed]
         )
-        page.load(lambda: gr.update(choices=list(lorafolder.names_there())), None, loras)
+        page.load(names_there, None, [loras, net])
         gallery.select(choose, listed, [chosen, facts, use, delete])
         use.click(lambda name: fill(settings.outputs / name), chosen, form)
         delete.click(remove, [chosen, limit], [gallery, listed, chosen, facts, use, delete])
@@ -411,6 +439,12 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         )
         use_dropped.click(lambda file: fill(path_of(file)), dropped, form)
     return page
+
+
+def names_there() -> tuple[Any, Any]:
+    """What may be chosen of LoRAs and ControlNets: somebody may have put more there."""
+    nets = [("none", ""), *controlnet.names_there()]
+    return gr.update(choices=list(lorafolder.names_there())), gr.update(choices=nets)
 
 
 def address(name: str) -> str:
@@ -455,13 +489,14 @@ def sentence(error: Exception, settings: Settings) -> str:
 
 
 def read_form(
-    values: Sequence[Any], painted: Any, sent_mask: Any, settings: Settings
-) -> tuple[Drawing, Image.Image | None, Image.Image | None]:
-    """What the form asks for, and the picture and the mask to start from.
+    values: Sequence[Any], painted: Any, sent_mask: Any, seen: Any, settings: Settings
+) -> Sketch:
+    """What the form asks for.
 
     Args:
         values: of the fields.
         painted, sent_mask: the files of the editor, and that of a mask which goes before it.
+        seen: the file of what the ControlNet sees.
     """
     form = dict(zip(FIELDS, values, strict=True))
     image, mask = read_editor(painted, settings)
@@ -477,6 +512,9 @@ def read_form(
     form["seed"] = int(seed) if seed else None
     form["negative_prompt"] = form["negative_prompt"] or None
     form["scheduler"] = form["scheduler"] or None
+    form["controlnet"] = form["controlnet"] or None
+    if form["controlnet"] is None:  # what belongs to one asks for nothing
+        form |= dict.fromkeys(OF_CONTROL)
     if image is None:
         form["strength"] = None
     if mask is None:
@@ -488,7 +526,10 @@ def read_form(
             form |= size_of(image, model)
     given = {name: value for name, value in form.items() if value is not None}
     drawing = checked(Drawing, {"prompt": "", "previews": PREVIEWS, **given})
-    return drawing, image, mask
+    pictures = {"image": image, "mask_image": mask}
+    if seen is not None and drawing.controlnet is not None:
+        pictures["control_image"] = opened(path_of(seen), "control_image", settings)
+    return drawing, {name: picture for name, picture in pictures.items() if picture is not None}
 
 
 def read_editor(painted: Any, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
@@ -593,15 +634,25 @@ def settings_of(file: Path, settings: Settings) -> tuple[dict[str, Any], list[st
 def request_of_record(known: dict[str, Any]) -> tuple[Request, list[str]]:
     """The request of a record of ours with the LoRAs that are here, and what of it is not."""
     net = known["request"].get("controlnet")
-    known = metadata.without_control(known)
+    if not is_here(net):
+        known = metadata.without_control(known)
     request = metadata.request_from_record(known, **stand_ins(*known["pictures"]))
     told = {lora["name"]: lora["sha256"] for lora in known["request"].get("loras", ())}
     there = lorafolder.names_there()
     here = lorafolder.resolve([use for use in request.loras if use.name in there], {})
     names = {use.name for use in here if use.sha256 == told[use.name]}
     lost = [f"the LoRA {name}, which is not here" for name in told if name not in names]
-    lost += ["the ControlNet that it was made with"] if net is not None else []
+    if request.controlnet is not None:
+        lost.append("the picture that its ControlNet saw: load it")
+    elif net is not None:
+        lost.append("the ControlNet that it was made with, which is not here")
     return replace(request, loras=here), lost
+
+
+def is_here(told: Any) -> bool:
+    """Whether there is the ControlNet that a record names, with the same weights."""
+    path = controlnet.names_there().get(told["name"]) if told is not None else None
+    return path is not None and controlnet.find(path).hash() == told["hash"]
 
 
 def request_of_infotext(found: metadata.Infotext) -> tuple[Request, list[str]]:
@@ -627,6 +678,7 @@ def fields_of(request: Request, index: int) -> dict[str, Any]:
         "prompt": " ".join([request.prompt[k], *map(tag_of, request.loras)]),
         "negative_prompt": request.negative_prompt[k] if request.negative_prompt else "",
         "scheduler": request.scheduler or "",
+        "controlnet": request.controlnet.name if request.controlnet is not None else "",
         "loras": [],
         "seed": str(request.seed + index) if request.seed is not None else None,
     }

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +34,8 @@ PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avi
 
 log = logging.getLogger(__name__)
 Done = TypeVar("Done")
-# What to draw, the picture it starts from, and what of that is repainted.
-Sketch = tuple[Drawing, Image.Image | None, Image.Image | None]
+# What to draw, and those of its pictures that were sent in another way than as its fields.
+Sketch = tuple[Drawing, Mapping[str, Image.Image]]
 
 
 class Gone(Exception):
@@ -106,8 +106,8 @@ class Service:
         return job
 
     def _accepted(self, prepare: Callable[..., Sketch], arguments: tuple[Any, ...]) -> Job:
-        drawing, image, mask_image = prepare(*arguments)
-        return accept(drawing, self.settings, image, mask_image)
+        drawing, pictures = prepare(*arguments)
+        return accept(drawing, self.settings, pictures)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:

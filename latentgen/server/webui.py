@@ -9,6 +9,8 @@ and refiners are such fields. Differences that are told rather than hidden:
 - `eta` counts with DDIM and TCD; for other samplers 0 and 1 are accepted, as clients always send it
 - the negative prompt counts with guidance only: not at a `cfg_scale` of 1
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
+- of `alwayson_scripts` there is `controlnet`, with one unit and without preprocessors: its image is
+  what the ControlNet sees
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
 """
@@ -21,14 +23,15 @@ import io
 import json
 import math
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from .. import __version__, lorafolder, metadata, schedulers
+from .. import __version__, controlnet, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..images import load_image
 from ..modelfolder import Model, read_header
@@ -38,9 +41,10 @@ from .native import TheService, pictures_of
 from .service import Service, Sketch
 from .settings import Settings
 
-__all__ = ["router"]
+__all__ = ["of_control", "router"]
 
 router = APIRouter(prefix="/sdapi/v1", tags=["WebUI"])
+of_control = APIRouter(prefix="/controlnet", tags=["WebUI"])
 
 # Fields without a counterpart here, and the values at which they ask for nothing; null always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -129,6 +133,10 @@ NAMES = {  # of our fields, in this API
     "scheduler": "sampler_name",
     "model": "sd_model_checkpoint",
     "output_format": "samples_format",
+    "control_image": "image",
+    "controlnet_conditioning_scale": "weight",
+    "control_guidance_start": "guidance_start",
+    "control_guidance_end": "guidance_end",
 }
 
 
@@ -165,6 +173,34 @@ class TextToImage(BaseModel):
     alwayson_scripts: dict[str, Any] | None = None
     send_images: bool = True
     save_images: bool = False
+
+
+class ControlUnit(BaseModel):
+    """A unit of the script `controlnet`. What of it has no type but None is not done here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = True
+    module: Literal["none", "None", None] = "none"
+    model: str = Field(max_length=200)
+    image: str | None = Field(None, validation_alias=AliasChoices("image", "input_image"))
+    weight: float = 1.0
+    resize_mode: Literal[0, 1, 2, "Just Resize", "Crop and Resize", "Resize and Fill"] = 1
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    control_mode: Literal[0, "Balanced"] = 0
+    mask: None = None
+    mask_image: None = None
+    # how preprocessors work, of which there are none, and what the original does in between
+    processor_res: float | None = None
+    threshold_a: float | None = None
+    threshold_b: float | None = None
+    pixel_perfect: bool | None = None
+    low_vram: bool | None = None
+    lowvram: bool | None = None
+    save_detected_map: bool | None = None
+    inpaint_crop_input_image: bool | None = None
+    hr_option: str | None = None
 
 
 class ImageToImage(TextToImage):
@@ -269,6 +305,14 @@ class Options(BaseModel):
     samples_format: str = "png"
 
 
+class ControlNets(BaseModel):
+    model_list: list[str]
+
+
+class Modules(BaseModel):
+    module_list: list[str] = ["none"]
+
+
 class PictureTold(BaseModel):
     info: str
     items: dict[str, str]
@@ -278,7 +322,7 @@ class PictureTold(BaseModel):
 @router.post("/txt2img", response_model=Drawn)
 async def txt2img(asked: TextToImage, request: Request, service: TheService) -> Response:
     """Draw pictures from text."""
-    job = await service.submit(lambda: (_drawing(asked, service), None, None))
+    job = await service.submit(_sketch, asked, service)
     return await _answer(service, request, asked, job)
 
 
@@ -293,15 +337,30 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
     return await _answer(service, request, asked, job)
 
 
-def _redrawing(asked: ImageToImage, service: Service) -> Sketch:
+def _sketch(asked: TextToImage, service: Service) -> Sketch:
     drawing = _drawing(asked, service)
+    unit = _control_unit(asked)
+    if unit is None:
+        return drawing, {}
+    more = {
+        "controlnet": unit.model.partition(" [")[0],  # some tell the hash behind the name
+        "controlnet_conditioning_scale": unit.weight,
+        "control_guidance_start": unit.guidance_start,
+        "control_guidance_end": unit.guidance_end,
+    }
+    return drawing.model_copy(update=more), {"control_image": _control_image(unit, asked, service)}
+
+
+def _redrawing(asked: ImageToImage, service: Service) -> Sketch:
+    drawing, pictures = _sketch(asked, service)
     image, mask = _pictures(asked, service.settings)
     more: dict[str, Any] = {"strength": _or(asked.denoising_strength, 0.75)}
     if mask is not None:
         more["mask_blur"] = _blur(asked)
         if _only_masked(asked):
             more["padding_mask_crop"] = _or(asked.inpaint_full_res_padding, 0)
-    return drawing.model_copy(update=more), image, mask
+    given = {"image": image} if mask is None else {"image": image, "mask_image": mask}
+    return drawing.model_copy(update=more), {**pictures, **given}
 
 
 async def _answer(service: Service, request: Request, asked: TextToImage, job: Job) -> Response:
@@ -400,9 +459,50 @@ def _refuse_the_rest(asked: TextToImage) -> None:
         if value not in NEUTRAL[name]:
             nothing = NEUTRAL[name][0]
             raise InvalidRequest(name, value, f"not done here; leave it out, or {nothing!r}")
+
+
+def _control_unit(asked: TextToImage) -> ControlUnit | None:
+    """The unit of the script `controlnet` that is switched on; any other script is refused."""
+    units: list[ControlUnit] = []
     for name, script in (asked.alwayson_scripts or {}).items():
-        if script not in ({}, [], [False], {"args": []}, {"args": [False]}):
-            raise InvalidRequest("alwayson_scripts", name, "there are no scripts here")
+        if script in ({}, [], [False], {"args": []}, {"args": [False]}):
+            continue
+        if name.lower() != "controlnet" or not isinstance(script, dict) or script.keys() > {"args"}:
+            raise InvalidRequest("alwayson_scripts", name, "of scripts, there is controlnet here")
+        for told in script["args"]:
+            if not isinstance(told, dict):
+                raise InvalidRequest("alwayson_scripts", name, "its units are objects with fields")
+            if told.get("enabled", True):
+                units.append(checked(ControlUnit, told))
+    if len(units) > 1:
+        raise InvalidRequest("alwayson_scripts", f"{len(units)} units", "one of them works here")
+    return units[0] if units else None
+
+
+def _control_image(unit: ControlUnit, asked: TextToImage, service: Service) -> Image.Image:
+    """What a unit's ControlNet sees: its image, or the one that is redrawn."""
+    sent = unit.image or next(iter(getattr(asked, "init_images", None) or ()), None)
+    if sent is None:
+        raise InvalidRequest("control_image", None, "the controlnet needs one to follow")
+    field = "control_image"
+    image = load_image(decode_picture(sent, field, service.settings), field)
+    if isinstance(asked, ImageToImage) and asked.mask and _only_masked(asked):
+        return image  # as large as the picture, of which a part is drawn
+    size, lanczos = (_or(asked.width, 512), _or(asked.height, 512)), Image.Resampling.LANCZOS
+    match unit.resize_mode:
+        case 0 | "Just Resize":
+            return image.resize(size, lanczos)
+        case 1 | "Crop and Resize":
+            return ImageOps.fit(image, size, lanczos)
+        case _:
+            return ImageOps.pad(image, size, lanczos, _colour_of_edge(image))
+
+
+def _colour_of_edge(image: Image.Image) -> tuple[int, ...]:
+    """The median of the outermost pixels."""
+    pixels = np.asarray(image)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return tuple(np.median(edge, axis=0).astype(int).tolist())
 
 
 def _check_plain(name: str, value: Any) -> None:
@@ -626,6 +726,18 @@ def loras() -> list[LoraTold]:
         LoraTold(name=name, alias=name, path=file.name)
         for name, file in lorafolder.names_there().items()
     ]
+
+
+@of_control.get("/model_list")
+def controlnets() -> ControlNets:
+    """The ControlNets in the data folder, for the script `controlnet`."""
+    return ControlNets(model_list=list(controlnet.names_there()))
+
+
+@of_control.get("/module_list")
+def modules() -> Modules:
+    """Its preprocessors: there are none."""
+    return Modules()
 
 
 @router.get("/embeddings")

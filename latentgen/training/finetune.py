@@ -38,7 +38,6 @@ from latentgen.training.lesson import (
     find_model,
     fitted_mask,
     read_pictures,
-    unet_config,
 )
 from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
 from latentgen.training.pictures import Picture, read_folder
@@ -398,7 +397,7 @@ def _without_memory(
     vae_config = read_json(_folder(found) / "vae" / "config.json")
     with torch.device("meta"):
         vae = quietly(getattr(diffusers, vae_config["_class_name"]).from_config, vae_config)
-        unet = UNet2DConditionModel.from_config(unet_config(found))
+        unet = UNet2DConditionModel.from_config(found.unet_config())
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(_folder(found) / "text_encoder"))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -420,7 +419,7 @@ def _cost(
     height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
     factor = found.vae_scale_factor
     rows = config.train_batch_size * (2 if lesson.classes or prior is not None else 1)
-    unet = unet_config(found)
+    unet = found.unet_config()
     with torch.device("meta"):
         noisy = torch.zeros(rows, unet["in_channels"], height // factor, width // factor)
         states = torch.zeros(rows, lesson.limit + 2, unet["cross_attention_dim"])

@@ -217,12 +217,6 @@ def find_model(config: FineTuneConfig) -> Model:
     return found
 
 
-def unet_config(found: Model) -> dict[str, Any]:
-    """The U-Net's configuration."""
-    assert found.path is not None
-    return modelfolder.read_json(found.path / "unet" / "config.json")
-
-
 def read_pictures(config: FineTuneConfig) -> list[Picture]:
     """The pictures that the settings name, with the settings that concern them all."""
     if config.train_data_dir is not None:
@@ -311,7 +305,7 @@ class Lesson:
         """The buckets there may be."""
         side = config.resolution if config.resolution is not None else found.height
         factor = found.vae_scale_factor
-        usual = factor * 2 ** (len(unet_config(found)["block_out_channels"]) - 1)
+        usual = factor * 2 ** (len(found.unet_config()["block_out_channels"]) - 1)
         self.step = config.bucket_reso_steps if config.bucket_reso_steps is not None else usual
         for name, value in (("resolution", side), ("bucket_reso_steps", self.step)):
             if value < 1 or value % factor:

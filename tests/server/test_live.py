@@ -163,7 +163,7 @@ def test_those_that_find_no_place_are_told_at_once(tmp_path, monkeypatch):
     async def submit(service):
         begin = time.monotonic()
         try:
-            await service.submit(lambda: (Drawing(prompt="a cat"), None, None))
+            await service.submit(lambda: (Drawing(prompt="a cat"), {}))
         except QueueFull:
             return time.monotonic() - begin
         return None
@@ -196,7 +196,7 @@ def test_what_a_job_started_from_is_deleted_when_it_has_ended(settings):
     service = Service(settings)
 
     def put():
-        job = accept(Drawing(prompt="a cat", strength=0.5), settings, image)
+        job = accept(Drawing(prompt="a cat", strength=0.5), settings, {"image": image})
         service.jobs.put(job)
         return job, job.input_file(settings, "image")
 

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import socket
 import sqlite3
 import uuid
@@ -19,7 +20,7 @@ import torch
 from conftest import Running
 from PIL import Image, PngImagePlugin
 
-from latentgen import metadata
+from latentgen import controlnet, metadata
 from latentgen.errors import InvalidRequest
 from latentgen.lora import Layer, Lora, write_lora
 from latentgen.server import page
@@ -45,6 +46,10 @@ FORM = {
     "strength": 0.8,
     "mask_blur": 0,
     "padding_mask_crop": None,
+    "controlnet": "",
+    "controlnet_conditioning_scale": 1,
+    "control_guidance_start": 0,
+    "control_guidance_end": 1,
     "eta": 0,
     "guidance_rescale": 0,
     "output_format": "png",
@@ -57,6 +62,7 @@ def server(tmp_path_factory, tiny):
     """A server of our own: with a folder for temporary files, and an upload of its last life."""
     home, temporary = tmp_path_factory.mktemp("safe") / "home", tmp_path_factory.mktemp("temporary")
     (home / "uploads").mkdir(parents=True)
+    shutil.copytree(fakes.controlnet(), home / "controlnets" / "edges")
     (home / "uploads" / "left.png").write_bytes(b"left")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
@@ -100,10 +106,10 @@ def happenings(server, element: str, event: str, data: list, **more) -> list[dic
     return told
 
 
-def draw(server, editor=None, mask=None, **fields) -> list[dict]:
+def draw(server, editor=None, mask=None, seen=None, **fields) -> list[dict]:
     """Press the button, with a form."""
     values = (FORM | {"model": "tiny"} | fields).values()
-    return happenings(server, "draw-button", "click", [editor, mask, *values])
+    return happenings(server, "draw-button", "click", [editor, mask, seen, *values])
 
 
 def refusal(told: list[dict]) -> str:
@@ -202,6 +208,7 @@ def test_a_picture_that_is_too_large_is_refused_by_its_header(server):
         draw(server, editor=edited(huge)),
         draw(server, editor=edited(fine, [huge])),
         draw(server, editor=edited(fine), mask=huge),
+        draw(server, seen=huge, controlnet="edges"),
     ):
         assert f"at most {2048 * 2048} pixels" in refusal(told)
     [described] = happenings(server, "dropped", "change", [huge])[-1:]
@@ -306,9 +313,22 @@ def used(server, settings, job: dict) -> tuple[dict, list[str]]:
     values, lost = page.settings_of(picture, settings)
     form = FORM | {"num_inference_steps": 20, "eta": 0.5, "mask_blur": 3, "padding_mask_crop": 9}
     form |= values
-    drawing, _, _ = page.read_form(list(form.values()), None, None, settings)
+    drawing, _ = page.read_form(list(form.values()), None, None, None, settings)
     asked = drawing.model_dump(exclude_none=True)
     return asked | {"steps": asked.pop("num_inference_steps")}, lost
+
+
+def test_a_controlnet_is_followed(server):
+    seen = file(upload(server, encoded(Image.new("RGB", (32, 32), "grey"))))
+    fields = {"controlnet": "edges", "controlnet_conditioning_scale": 0.5}
+    assert "give one as control_image" in refusal(draw(server, **fields))
+    assert draw(server, seen=seen, **fields)[-1]["success"]
+    assert draw(server, seen=seen)[-1]["success"]  # it lies there, and nothing follows it
+    last, first = server.http.get("/jobs?limit=2").json()["jobs"]
+    assert first["request"]["controlnet"]["name"] == "edges"
+    assert first["request"]["controlnet_conditioning_scale"] == 0.5
+    assert "controlnet" not in last["request"]
+    assert pixels(server, first) != pixels(server, last)
 
 
 def test_a_photo_of_any_size_can_be_redrawn(settings, tmp_path):
@@ -317,9 +337,9 @@ def test_a_photo_of_any_size_can_be_redrawn(settings, tmp_path):
         background=SimpleNamespace(path=str(tmp_path / "photo.png")), layers=[]
     )
     form = FORM | {"model": next(iter(settings.models()))}
-    drawing, image, mask = page.read_form(list(form.values()), painted, None, settings)
+    drawing, pictures = page.read_form(list(form.values()), painted, None, None, settings)
     assert (drawing.width, drawing.height) == (96, 72)
-    assert accept(drawing, settings, image, mask).request["width"] == 96
+    assert accept(drawing, settings, pictures).request["width"] == 96
 
 
 def pixels(server, job: dict) -> bytes:
@@ -411,14 +431,24 @@ def test_what_the_form_lacks_is_told(server, settings, tmp_path):
     assert "model" not in values
     assert lost[0] == "the model another, which is not here"
 
-    record["request"] |= {"controlnet": {"name": "lines"}, "control_guidance_end": 0.5}
+    told = {"name": "lines", "hash": "0123456789"}
+    record["request"] |= {"controlnet": told, "control_guidance_end": 0.5}
     record["pictures"]["control_image"] = "0123"
     (tmp_path / "led.png").write_bytes(
         metadata.encode(Image.new("RGB", (8, 8)), "PNG", "", record, 95)
     )
     again, lost = page.settings_of(tmp_path / "led.png", settings)
     assert again == values
-    assert "the ControlNet that it was made with" in lost
+    assert "the ControlNet that it was made with, which is not here" in lost
+    shutil.copytree(fakes.controlnet(), server.home / "controlnets" / "lines")
+    assert page.settings_of(tmp_path / "led.png", settings) == (again, lost)  # of other weights
+    told["hash"] = controlnet.find("lines").hash()
+    (tmp_path / "led.png").write_bytes(
+        metadata.encode(Image.new("RGB", (8, 8)), "PNG", "", record, 95)
+    )
+    again, lost = page.settings_of(tmp_path / "led.png", settings)
+    assert again == values | {"controlnet": "lines", "control_guidance_end": 0.5}
+    assert "the picture that its ControlNet saw: load it" in lost
 
 
 def holes(mask: Image.Image) -> Image.Image:
@@ -502,7 +532,7 @@ def pressed(settings: Settings, error: Exception) -> str:
     start = next(f for f in blocks.fns.values() if f.name == "start")
     values = (FORM | {"model": "tiny"}).values()
     with pytest.raises(gr.Error) as told:
-        asyncio.run(blocks.process_api(start, [None, None, *values], in_event_listener=False))
+        asyncio.run(blocks.process_api(start, [None, None, None, *values], in_event_listener=False))
     assert not told.value.print_exception
     return told.value.message
 

@@ -1,0 +1,156 @@
+"""ControlNets through every door of the server, by their names."""
+
+import base64
+import io
+import json
+import shutil
+
+import fakes
+import pytest
+from PIL import Image, ImageDraw
+
+from latentgen import LatentDiffusion, metadata
+
+ASKED = {"prompt": "a cat", "seed": 3, "scheduler": "ddim", "guidance_scale": 5}
+STRENGTH = {"controlnet_conditioning_scale": 0.5, "control_guidance_end": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def net(server):
+    folder = shutil.copytree(fakes.controlnet(), server.home / "controlnets" / "lines")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def lines() -> Image.Image:
+    """What the ControlNet sees, of another size and shape than the picture."""
+    image = Image.new("RGB", (48, 32))
+    ImageDraw.Draw(image).line((5, 3, 40, 28), "white", 3)
+    return image
+
+
+@pytest.fixture
+def expected(tiny):
+    """The pixels that the library draws, from what the ControlNet sees."""
+    pipe = LatentDiffusion.from_pretrained(tiny, device="cpu")
+
+    def draw(seen: Image.Image, **fields) -> bytes:
+        asked = ASKED | STRENGTH | {"num_inference_steps": 4} | fields
+        result = pipe.generate(**asked, controlnet=fakes.controlnet(), control_image=seen)
+        return result.image.tobytes()
+
+    return draw
+
+
+def png(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def pixels(data: bytes) -> bytes:
+    return Image.open(io.BytesIO(data)).tobytes()
+
+
+def test_a_job_follows_it_and_its_picture_tells_so(server, lines, expected):
+    control = {"controlnet": "lines", "control_image": png(lines), **STRENGTH}
+    state = server.ended(server.submit(**ASKED, steps=4, **control))
+    assert state["status"] == "done", state
+    file = server.home / "outputs" / state["images"][0]["url"].removeprefix("/images/")
+    drawn = Image.open(file).tobytes()
+    assert drawn == expected(lines)
+    without = server.ended(server.submit(**ASKED, steps=4))
+    data = server.http.get(without["images"][0]["url"]).content
+    assert pixels(data) != drawn
+    record = metadata.read(file).record
+    assert record["request"]["controlnet"]["name"] == "lines"
+    assert record["request"]["control_guidance_end"] == 0.5
+    assert list((server.home / "inputs").iterdir()) == []
+
+
+def test_what_cannot_be_followed_is_refused_at_once(server, lines, net):
+    seen = png(lines)
+    for fields, told in (
+        ({"controlnet": "nowhere", "control_image": seen}, "one of lines"),
+        ({"controlnet": str(net), "control_image": seen}, "one of lines"),
+        ({"controlnet": "../controlnets/lines", "control_image": seen}, "one of lines"),
+        ({"controlnet": "lines"}, "give one as control_image"),
+        ({"control_image": seen}, "goes with a controlnet"),
+        ({"controlnet": "lines", "control_image": "!"}, "control_image='!': not base64"),
+        (
+            {"controlnet": "lines", "control_image": seen, "controlnet_conditioning_scale": 0},
+            "no effect",
+        ),
+    ):
+        answer = server.http.post("/jobs", json=ASKED | fields)
+        assert answer.status_code == 400, answer.text
+        assert told in answer.json()["error"]["message"]
+    config = json.loads((net / "config.json").read_text())
+    (net / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 768}))
+    answer = server.http.post("/jobs", json={**ASKED, "controlnet": "lines", "control_image": seen})
+    assert "made for another model" in answer.json()["error"]["message"]
+
+
+def unit(**fields) -> dict:
+    """What webuiapi 0.9.17 sends for one of its ControlNetUnits."""
+    usual = {"image": "", "mask": None, "module": "none", "model": "None", "weight": 0.5}
+    usual |= {"resize_mode": "Resize and Fill", "low_vram": False, "processor_res": 512}
+    usual |= {"threshold_a": 64, "threshold_b": 64, "guidance_start": 0.0, "guidance_end": 0.5}
+    usual |= {"control_mode": "Balanced", "pixel_perfect": False, "hr_option": "Both"}
+    return usual | {"enabled": True, "model": "lines [0123abcd]"} | fields
+
+
+def asked_of_the_webui(*units: dict) -> dict:
+    scripts = {"ControlNet": {"args": list(units)}}
+    same = {"prompt": "a cat", "seed": 3, "sampler_name": "DDIM", "cfg_scale": 5, "steps": 4}
+    return same | {"width": 32, "height": 32, "alwayson_scripts": scripts}
+
+
+def test_the_webuis_script_follows_it(server, lines, expected):
+    filled = Image.new("RGB", (32, 32))
+    filled.paste(lines.resize((32, 21), Image.Resampling.LANCZOS), (0, 5))
+    off = unit(model="another", enabled=False)
+    for mode, seen in (
+        ("Just Resize", lines),
+        (1, lines.crop((8, 0, 40, 32))),
+        ("Resize and Fill", filled),
+    ):
+        asked = asked_of_the_webui(off, unit(image=png(lines), resize_mode=mode))
+        answer = server.http.post("/sdapi/v1/txt2img", json=asked)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert pixels(base64.b64decode(told["images"][0])) == expected(seen), mode
+        assert "Model: lines" in json.loads(told["info"])["infotexts"][0]
+    listed = server.http.get("/controlnet/model_list").json()
+    assert listed == {"model_list": ["lines"]}
+
+
+def test_without_an_image_of_its_own_it_follows_the_one_that_is_redrawn(server, picture, expected):
+    asked = asked_of_the_webui(unit()) | {"init_images": [png(picture)], "denoising_strength": 0.8}
+    answer = server.http.post("/sdapi/v1/img2img", json=asked)
+    assert answer.status_code == 200, answer.text
+    drawn = pixels(base64.b64decode(answer.json()["images"][0]))
+    assert drawn == expected(picture, image=picture, strength=0.8)
+
+
+@pytest.mark.parametrize(
+    ("units", "told"),
+    [
+        ([unit(module="canny", image="x")], "module='canny': Input should be 'none'"),
+        ([unit(model="nowhere")], "one of lines"),
+        ([unit()], "image=None: the controlnet needs one"),
+        ([unit(image="!")], "image='!': not base64"),
+        ([unit(), unit()], "one of them works here"),
+        ([unit(control_mode="My prompt is more important")], "control_mode="),
+        ([unit(batch_images="x")], "batch_images"),
+        (["lines"], "its units are objects"),
+    ],
+)
+def test_units_that_ask_for_more_are_refused(server, lines, units, told):
+    for one in units:
+        if isinstance(one, dict) and one["model"] == "nowhere":
+            one["image"] = png(lines)
+    answer = server.http.post("/sdapi/v1/txt2img", json=asked_of_the_webui(*units))
+    assert answer.status_code == 400, answer.text
+    assert told in answer.json()["detail"]
