@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import ControlNetModel
 
-__all__ = ["ControlNet", "check_fits", "find", "load", "names_there", "scales"]
+__all__ = ["ControlNet", "check_fits", "find", "load", "names_there", "scales", "sees_mask"]
 
 # What must be as in the U-Net that a ControlNet works with.
 _SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -131,6 +131,12 @@ def _find_file(file: Path) -> ControlNet:
     else:
         return ControlNet(file.stem, file)
     raise InvalidRequest("controlnet", str(file), hint)
+
+
+def sees_mask(name: str) -> bool:
+    """Whether a ControlNet was trained for inpainting, as only its name tells: it sees the picture,
+    and -1 where that is repainted."""
+    return "inpaint" in name.lower()
 
 
 def scales(scale: float, start: float, end: float, steps: int) -> list[float]:

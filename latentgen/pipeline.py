@@ -647,8 +647,12 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """What the ControlNet sees, for each row of the U-Net's batch: (rows, 3, H, W)."""
         box = None if request.padding_mask_crop is None else request.box
         size = (request.width, request.height)
-        picture = request.control_image.resize(size, Image.Resampling.LANCZOS, box)
-        return images.to_unit_tensor(picture).to(like).repeat(rows, 1, 1, 1)
+        seen = request.control_image if request.control_image is not None else request.image
+        pixels = images.to_unit_tensor(seen.resize(size, Image.Resampling.LANCZOS, box))
+        if request.control_image is None:  # the ControlNet is one for inpainting
+            mask = images.to_unit_tensor(images.resize_mask(request.mask_image, size, box))
+            pixels = pixels.masked_fill(mask > 0.5, -1.0)
+        return pixels.to(like).repeat(rows, 1, 1, 1)
 
     def _expand(self, text: str) -> str:
         """Write textual-inversion tokens of several vectors out, where such are loaded, and keep

@@ -118,7 +118,9 @@ class Request:
             `latentgen.lorafolder.parse` understands. They add up with those of `load_lora`.
         controlnet: a folder, file, name or hub id of a ControlNet, see `latentgen.controlnet.find`.
         control_image: what it sees (edges, a pose, depths; as it was trained for); resized to
-            `height` x `width`, or cut like the image where only a part of that is drawn.
+            `height` x `width`, or cut like the image where only a part of that is drawn. Inpainting
+            ControlNets (with "inpaint" in their name) need none: they see the image, and -1 where
+            it is repainted.
         controlnet_conditioning_scale: how strongly it is followed, 0 to 10.
         control_guidance_start, control_guidance_end: 0 to 1, the share of the steps in which it is.
         image: the picture to start from, for img2img and inpainting.
@@ -246,7 +248,12 @@ class Request:
                 raise InvalidRequest(given[0], getattr(self, given[0]), hint)
             return
         self._set("controlnet", controlnet.find(self.controlnet))
+        if self.control_guidance_start >= self.control_guidance_end:
+            hint = f"must lie before control_guidance_end, {self.control_guidance_end:g}"
+            raise InvalidRequest("control_guidance_start", self.control_guidance_start, hint)
         if self.control_image is None:
+            if self.mode == "inpaint" and controlnet.sees_mask(self.controlnet.name):
+                return
             hint = "it follows a picture; give one as control_image"
             raise InvalidRequest("controlnet", self.controlnet.name, hint)
         self._set("control_image", load_image(self.control_image, "control_image"))
@@ -254,9 +261,6 @@ class Request:
             hint = f"must have the size of the image, {self.image.width} x {self.image.height}"
             size = f"{self.control_image.width} x {self.control_image.height}"
             raise InvalidRequest("control_image", size, hint)
-        if self.control_guidance_start >= self.control_guidance_end:
-            hint = f"must lie before control_guidance_end, {self.control_guidance_end:g}"
-            raise InvalidRequest("control_guidance_start", self.control_guidance_start, hint)
 
     def resolve(
         self, model: Model, loaded_loras: Mapping[str, LoraUse] | None = None

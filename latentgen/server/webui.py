@@ -10,7 +10,7 @@ and refiners are such fields. Differences that are told rather than hidden:
 - the negative prompt counts with guidance only: not at a `cfg_scale` of 1
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
 - of `alwayson_scripts` there is `controlnet`, with one unit and without preprocessors: its image is
-  what the ControlNet sees
+  what the ControlNet sees (of those, there is `inpaint_only`, for ControlNets made for inpainting)
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
 """
@@ -181,7 +181,7 @@ class ControlUnit(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     enabled: bool = True
-    module: Literal["none", "None", None] = "none"
+    module: Literal["none", "None", "inpaint_only", None] = "none"
     model: str = Field(max_length=200)
     image: str | None = Field(None, validation_alias=AliasChoices("image", "input_image"))
     weight: float = 1.0
@@ -310,7 +310,7 @@ class ControlNets(BaseModel):
 
 
 class Modules(BaseModel):
-    module_list: list[str] = ["none"]
+    module_list: list[str] = ["none", "inpaint_only"]
 
 
 class PictureTold(BaseModel):
@@ -342,13 +342,24 @@ def _sketch(asked: TextToImage, service: Service) -> Sketch:
     unit = _control_unit(asked)
     if unit is None:
         return drawing, {}
+    name = unit.model.partition(" [")[0]  # some tell the hash behind it
     more = {
-        "controlnet": unit.model.partition(" [")[0],  # some tell the hash behind the name
+        "controlnet": name,
         "controlnet_conditioning_scale": unit.weight,
         "control_guidance_start": unit.guidance_start,
         "control_guidance_end": unit.guidance_end,
     }
-    return drawing.model_copy(update=more), {"control_image": _control_image(unit, asked, service)}
+    drawing = drawing.model_copy(update=more)
+    if _is_masked(asked) and not unit.image and controlnet.sees_mask(name):
+        return drawing, {}  # it sees what is repainted
+    if unit.module == "inpaint_only":
+        hint = "goes with a mask, a model for inpainting and no image"
+        raise InvalidRequest("module", unit.module, hint)
+    return drawing, {"control_image": _control_image(unit, asked, service)}
+
+
+def _is_masked(asked: TextToImage) -> bool:
+    return isinstance(asked, ImageToImage) and bool(asked.mask)
 
 
 def _redrawing(asked: ImageToImage, service: Service) -> Sketch:
@@ -486,7 +497,7 @@ def _control_image(unit: ControlUnit, asked: TextToImage, service: Service) -> I
         raise InvalidRequest("control_image", None, "the controlnet needs one to follow")
     field = "control_image"
     image = load_image(decode_picture(sent, field, service.settings), field)
-    if isinstance(asked, ImageToImage) and asked.mask and _only_masked(asked):
+    if isinstance(asked, ImageToImage) and _is_masked(asked) and _only_masked(asked):
         return image  # as large as the picture, of which a part is drawn
     size, lanczos = (_or(asked.width, 512), _or(asked.height, 512)), Image.Resampling.LANCZOS
     match unit.resize_mode:
@@ -736,7 +747,7 @@ def controlnets() -> ControlNets:
 
 @of_control.get("/module_list")
 def modules() -> Modules:
-    """Its preprocessors: there are none."""
+    """Its preprocessors."""
     return Modules()
 
 

@@ -3,6 +3,8 @@
 The stock schedulers are spelled out here and share nothing with our table of names.
 """
 
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
@@ -352,6 +354,28 @@ def test_inpainting_with_a_controlnet(
     )
     common |= {"image": picture, "mask_image": mask, "num_images": num_images}
     assert_same(ours(scheduler=name, **control, **common), expected)
+
+
+@solo_or_guided_pair
+def test_inpainting_with_a_controlnet_that_sees_what_is_repainted(
+    num_images, guidance_scale, picture, mask, tmp_path
+):
+    common = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "strength": 1.0}
+    common |= {"controlnet_conditioning_scale": 1.0, "output_type": "latent"}
+    seen = torch.from_numpy(np.asarray(picture) / np.float32(255)).permute(2, 0, 1)
+    seen = seen.masked_fill(torch.from_numpy(np.asarray(mask) > 127), -1.0)  # (3, H, W)
+    expected = stock(
+        StableDiffusionControlNetInpaintPipeline,
+        stock_scheduler("ddim"),
+        prompt=["a red apple"] * num_images,
+        image=[picture] * num_images,
+        mask_image=[mask] * num_images,
+        control_image=seen.repeat(num_images, 1, 1, 1),
+        **common,
+    )
+    folder = shutil.copytree(controlnet(), tmp_path / "control_v11p_sd15_inpaint")
+    common |= {"image": picture, "mask_image": mask, "num_images": num_images}
+    assert_same(ours(scheduler="ddim", controlnet=folder, **common), expected)
 
 
 @pytest.mark.filterwarnings("ignore:negative_prompt has no effect")

@@ -134,6 +134,23 @@ def test_without_an_image_of_its_own_it_follows_the_one_that_is_redrawn(server, 
     assert drawn == expected(picture, image=picture, strength=0.8)
 
 
+def test_one_for_inpainting_sees_what_is_repainted(server, tiny, picture, mask, net):
+    folder = shutil.copytree(net, server.home / "controlnets" / "sd15_inpaint")
+    pipe = LatentDiffusion.from_pretrained(tiny, device="cpu")
+    given = {"image": picture, "mask_image": mask, "controlnet": folder, "strength": 0.8}
+    drawn = pipe.generate(**ASKED, **given, **STRENGTH, num_inference_steps=4).image
+    asked = asked_of_the_webui(unit(model="sd15_inpaint", module="inpaint_only"))
+    asked |= {"init_images": [png(picture)], "mask": png(mask), "denoising_strength": 0.8}
+    asked |= {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
+    answer = server.http.post("/sdapi/v1/img2img", json=asked)
+    asked["alwayson_scripts"]["ControlNet"]["args"][0]["model"] = "lines"
+    refused = server.http.post("/sdapi/v1/img2img", json=asked)
+    shutil.rmtree(folder)
+    assert answer.status_code == 200, answer.text
+    assert pixels(base64.b64decode(answer.json()["images"][0])) == drawn.tobytes()
+    assert "goes with a mask, a model for inpainting" in refused.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("units", "told"),
     [

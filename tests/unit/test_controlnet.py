@@ -177,6 +177,23 @@ def test_so_is_what_is_wrong_with_it(control, more, field, told):
     assert caught.value.field == field
 
 
+def test_one_for_inpainting_needs_a_mask_or_a_picture(tmp_path, pipe, picture, mask):
+    folder = shutil.copytree(fakes.controlnet(), tmp_path / "Inpaint_depth")
+    for more in ({}, {"image": picture}):
+        with pytest.raises(InvalidRequest, match="give one as control_image"):
+            Request(prompt="a cat", controlnet=folder, **more)
+    masked = {"image": picture, "mask_image": mask, "controlnet": folder}
+    with pytest.raises(InvalidRequest, match="must lie before control_guidance_end"):
+        Request(prompt="a cat", **masked, control_guidance_start=1.0)
+    whole = pipe.inpaint("a cat", **masked, num_inference_steps=2, seed=1)
+    part = pipe.inpaint("a cat", **masked, num_inference_steps=2, seed=1, padding_mask_crop=2)
+    assert whole.image.tobytes() != part.image.tobytes()
+    again = metadata.request_from_record(
+        metadata.record(whole, 0), control=folder, image=picture, mask_image=mask
+    )
+    assert next(iter(pipe.draw(again))) is not None
+
+
 def test_a_cut_controlnet_picture_has_the_size_of_the_image(control):
     pictures = {"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
     with pytest.raises(InvalidRequest, match="must have the size of the image, 64 x 64"):
