@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import sys
 
 import h11
 import uvicorn
@@ -97,9 +99,11 @@ def serve(settings: Settings) -> None:
         with listen(settings) as listening:
             startup.end()
             print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
-            server.run([listening])
-    refused = app.state.service.live.refused
-    if refused is not None:
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, once everything has ended
+                server.run([listening])
+    if not server.started:
+        sys.exit(1)  # the log tells why
+    if (refused := app.state.service.live.refused) is not None:
         raise refused
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import Running
 from PIL import Image
 
 from latentgen import InvalidRequest, metadata
@@ -223,6 +224,13 @@ def test_signals_to_the_whole_group_do_not_end_the_worker(server):
         os.kill(worker, number)
     assert server.ended(id)["status"] == "done"
     assert server.worker() == worker
+
+
+def test_ctrl_c_ends_a_server_without_a_complaint(tiny, tmp_path):
+    server = Running(tmp_path / "home", tiny).start().wait("")
+    server.stop()
+    assert server.process.returncode == 0
+    assert "nterrupt" not in server.log.read_text()
 
 
 def test_a_damaged_lora_is_told_by_its_name(server):
