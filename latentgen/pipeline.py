@@ -855,6 +855,8 @@ def choose_place(
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         names = ", ".join([name for name, is_there in there.items() if is_there] + ["cpu"])
         hint = f"cuda, mps or cpu; this machine has: {names}"
+        if there.get(str(device).partition(":")[0]):
+            hint = f"it is here and does not work: {_first_line(error)}"
         raise InvalidRequest("device", str(device), hint) from error
     if dtype is None:
         dtype = torch.float16 if picked.type == "cuda" else torch.float32

@@ -20,14 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import InvalidRequest
-from . import native, openai, page, webui
+from . import controlunit, native, openai, page, webui
 from .bodies import Bodies
 from .drawing import first_of
 from .guard import Guard
 from .jobs import QueueFull
 from .log import without_values
 from .refusals import JSON_REFUSALS, REFUSALS, WEBUI_REFUSALS, refusal
-from .service import LEAVING, Gone, Leaving, Service
+from .service import Gone, Leaving, Service
 from .settings import Settings
 
 __all__ = ["create_app"]
@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(native.router, responses=JSON_REFUSALS, dependencies=locks)
     app.include_router(openai.router, responses=REFUSALS, dependencies=locks)
     app.include_router(webui.router, responses=WEBUI_REFUSALS, dependencies=locks)
-    app.include_router(webui.of_control, responses=REFUSALS, dependencies=locks)
+    app.include_router(controlunit.router, responses=REFUSALS, dependencies=locks)
     _add_errors(app, settings)
     app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Guard, settings=settings)
@@ -167,7 +167,7 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
 
     @app.exception_handler(Leaving)
     async def leaving(request: Request, error: Leaving) -> JSONResponse:
-        return answer(request, 503, LEAVING)
+        return answer(request, 503, str(error))
 
 
 def _add_watching(app: FastAPI, settings: Settings, locks: list[Any]) -> None:

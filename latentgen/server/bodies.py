@@ -19,6 +19,7 @@ WITH_PICTURES = {
     "/jobs",
     "/v1/images/edits",
     "/v1/images/variations",
+    "/sdapi/v1/txt2img",
     "/sdapi/v1/img2img",
     "/sdapi/v1/png-info",
     "/gradio_api/upload",

@@ -39,6 +39,7 @@ __all__ = [
     "decode_picture",
     "first_of",
     "open_picture",
+    "size_of",
 ]
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}

@@ -115,7 +115,7 @@ class Guard:
         elif kind.lower() != "bearer":
             return False
         assert self._token is not None
-        value = value.strip()
+        value = value.strip(" \t")  # and no byte of a letter
         sent = [value.encode()]
         if kind.lower() == "bearer":  # headers are read as Latin-1; most clients send UTF-8
             sent.append(value.encode("latin-1"))

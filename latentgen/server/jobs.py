@@ -204,7 +204,9 @@ def _check_readable(file: Path) -> None:
         with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("SELECT name FROM sqlite_master").fetchall()
     except sqlite3.Error as error:
-        hint = f"cannot be read ({error}); put it elsewhere, and the server makes a new one"
+        hint = f"cannot be read ({error})"
+        if not isinstance(error, sqlite3.OperationalError):  # no lock, and no lack of rights
+            hint += "; put it elsewhere, and the server makes a new one"
         raise InvalidRequest("database", str(file), hint) from None
 
 

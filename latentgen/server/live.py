@@ -68,7 +68,8 @@ class Live:
         self.settings, self.jobs = settings, jobs
         self.running: dict[str, Progress] = {}
         self.ready = asyncio.Event()  # the worker takes jobs
-        self.refused: InvalidRequest | None = None  # why no worker can draw anything
+        self.refused: InvalidRequest | None = None  # why no worker could ever draw anything
+        self._was_ready = False
         self.deaths = 0
         self.mean_seconds = 1.0  # of a batch, for those who are told to come again
         self._followers: dict[str, set[_Follower]] = {}
@@ -171,8 +172,13 @@ class Live:
         match told["event"]:
             case "ready":
                 self.ready.set()
+                self._was_ready = True
             case "refused":
-                self.refused = InvalidRequest(told["field"], told["value"], told["hint"])
+                error = InvalidRequest(told["field"], told["value"], told["hint"])
+                if self._was_ready:  # a GPU that is full for a moment, say: the next one may do
+                    log.error("the worker cannot draw: %s", error)
+                else:
+                    self.refused = error
             case "started":
                 self.running |= {id: Progress() for id in told["ids"]}
                 self._notify(told["ids"], ask=True)

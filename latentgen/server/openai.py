@@ -42,7 +42,7 @@ from .. import metadata
 from ..errors import InvalidRequest
 from .drawing import LAST_SEED, MAX_PROMPT, Drawing, Job, LoraChoice, checked, open_picture, size_of
 from .native import TheService, pictures_of
-from .service import LEAVING, Service, Sketch
+from .service import Leaving, Service, Sketch
 
 __all__ = ["router"]
 
@@ -302,7 +302,7 @@ async def _events(
         async for state in service.live.follow(job.id):
             ended = state.ended is not None
             if service.leaving and not ended:
-                yield _failed(LEAVING)
+                yield _failed(str(Leaving(job.id)))
                 return
             progress = service.live.running.get(job.id)
             for png in progress.previews[shown:] if progress is not None and not ended else ():

@@ -642,17 +642,22 @@ def request_of_record(known: dict[str, Any]) -> tuple[Request, list[str]]:
     here = lorafolder.resolve([use for use in request.loras if use.name in there], {})
     names = {use.name for use in here if use.sha256 == told[use.name]}
     lost = [f"the LoRA {name}, which is not here" for name in told if name not in names]
-    if request.controlnet is not None:
+    if request.control_image is not None:
         lost.append("the picture that its ControlNet saw: load it")
-    elif net is not None:
+    elif net is not None and request.controlnet is None:
         lost.append("the ControlNet that it was made with, which is not here")
     return replace(request, loras=here), lost
 
 
 def is_here(told: Any) -> bool:
     """Whether there is the ControlNet that a record names, with the same weights."""
-    path = controlnet.names_there().get(told["name"]) if told is not None else None
-    return path is not None and controlnet.find(path).hash() == told["hash"]
+    there = controlnet.names_there()
+    if not isinstance(told, dict) or str(told.get("name")) not in there:
+        return False
+    try:
+        return controlnet.find(told["name"]).hash() == told.get("hash")
+    except InvalidRequest:  # it is damaged
+        return False
 
 
 def request_of_infotext(found: metadata.Infotext) -> tuple[Request, list[str]]:

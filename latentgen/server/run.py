@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
-import sys
 
 import h11
 import uvicorn
@@ -52,9 +52,11 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._app = app
+        self.refused: InvalidRequest | None = None
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._app.state.service.live.refused is not None
+        self.refused = self._app.state.service.live.refused
+        return await super().on_tick(counter) or self.refused is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.service.leave()
@@ -96,24 +98,28 @@ def serve(settings: Settings) -> None:
             server_header=False,
         )
         server = Server(app, config)
-        with listen(settings) as listening:
-            startup.end()
-            print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
-            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, once everything has ended
-                server.run([listening])
-    if not server.started:
-        sys.exit(1)  # the log tells why
-    if (refused := app.state.service.live.refused) is not None:
-        raise refused
+        sockets = listen(settings)
+        startup.end()
+        print(f"latentgen: http://{name}:{settings.port}  (Ctrl-C stops it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, once everything has ended
+            server.run(sockets)
+    if server.refused is not None:
+        raise server.refused
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The address, taken before anything is said of it."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def listen(settings: Settings) -> list[socket.socket]:
+    """The addresses of the host's name, taken before anything is said of them."""
+    sockets: list[socket.socket] = []
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        for family, _, _, _, address in found:
+            try:
+                sockets.append(socket.create_server(address, family=family, backlog=2048))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL or len(found) == 1:
+                    raise  # else IPv6, most likely, which this machine has not
     except OSError as error:
-        address = f"{settings.host}:{settings.port}"
         reason = str(error.strerror).partition(" (")[0]  # Python tells the address once more
         hint = f"nothing can listen there ({reason}); try another --port or --host"
-        raise InvalidRequest("address", address, hint) from None
+        raise InvalidRequest("address", f"{settings.host}:{settings.port}", hint) from None
+    return sockets

@@ -21,7 +21,7 @@ from .jobs import Jobs, JobState, QueueFull
 from .live import Live, remove_inputs, remove_outputs
 from .settings import Settings
 
-__all__ = ["LEAVING", "Gone", "Leaving", "Service"]
+__all__ = ["Gone", "Leaving", "Service"]
 
 KEEP_DAYS = 30  # that the database remembers a job that ended; its pictures stay
 HANDS = 4  # pictures that are decoded and checked at once
@@ -29,7 +29,6 @@ DAY = 86_400  # seconds; so often is tidied up
 CANCELLED = 1000  # of the newest cancelled jobs: a server that was killed may have left pictures
 LOOK = 1.0  # seconds between looks whether a client still waits
 GRACE = 2.0  # seconds that jobs have to end in, while the server is being stopped
-LEAVING = "the server is being stopped; the job stays in the queue"
 PICTURE = re.compile(r"\d{4}-\d\d-\d\d/[0-9a-f-]{36}-\d{1,3}\.(png|jpeg|webp|avif)")
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,10 @@ class Gone(Exception):
 
 
 class Leaving(Exception):
-    """The server is being stopped; a job that was waited for stays in the queue."""
+    """The server is being stopped while a client waits for a job."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"the server is being stopped; the job {id} stays in the queue")
 
 
 class Service:
@@ -139,7 +141,7 @@ class Service:
                     await self.live.cancel(job.id)
                     raise Gone
                 if not end.done() and self.leaving:
-                    raise Leaving
+                    raise Leaving(job.id)
         finally:
             end.cancel()
         state = end.result()

@@ -9,8 +9,7 @@ and refiners are such fields. Differences that are told rather than hidden:
 - `eta` counts with DDIM and TCD; for other samplers 0 and 1 are accepted, as clients always send it
 - the negative prompt counts with guidance only: not at a `cfg_scale` of 1
 - `denoising_strength` without a picture, and the fields of masks without a mask, ask for nothing
-- of `alwayson_scripts` there is `controlnet`, with one unit and without preprocessors: its image is
-  what the ControlNet sees (of those, there is `inpaint_only`, for ControlNets made for inpainting)
+- of `alwayson_scripts` there is `controlnet`, with one unit and without preprocessors
 - `inpainting_fill` 0 (the colours around) and 1 (the original) work; 2 and 3 (latent noise, latent
   nothing) are what `denoising_strength` 1 does anyway, and are refused below
 """
@@ -23,28 +22,27 @@ import io
 import json
 import math
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__, controlnet, lorafolder, metadata, schedulers
 from ..errors import InvalidRequest
 from ..images import load_image
 from ..modelfolder import Model, read_header
+from .controlunit import seen_by, unit_of
 from .drawing import MAX_PROMPT, Drawing, Job, checked, decode_picture
 from .jobs import JobState
 from .native import TheService, pictures_of
 from .service import Service, Sketch
 from .settings import Settings
 
-__all__ = ["of_control", "router"]
+__all__ = ["router"]
 
 router = APIRouter(prefix="/sdapi/v1", tags=["WebUI"])
-of_control = APIRouter(prefix="/controlnet", tags=["WebUI"])
 
 # Fields without a counterpart here, and the values at which they ask for nothing; null always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -175,34 +173,6 @@ class TextToImage(BaseModel):
     save_images: bool = False
 
 
-class ControlUnit(BaseModel):
-    """A unit of the script `controlnet`. What of it has no type but None is not done here."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enabled: bool = True
-    module: Literal["none", "None", "inpaint_only", None] = "none"
-    model: str = Field(max_length=200)
-    image: str | None = Field(None, validation_alias=AliasChoices("image", "input_image"))
-    weight: float = 1.0
-    resize_mode: Literal[0, 1, 2, "Just Resize", "Crop and Resize", "Resize and Fill"] = 1
-    guidance_start: float = 0.0
-    guidance_end: float = 1.0
-    control_mode: Literal[0, "Balanced"] = 0
-    mask: None = None
-    mask_image: None = None
-    # how preprocessors work, of which there are none, and what the original does in between
-    processor_res: float | None = None
-    threshold_a: float | None = None
-    threshold_b: float | None = None
-    pixel_perfect: bool | None = None
-    low_vram: bool | None = None
-    lowvram: bool | None = None
-    save_detected_map: bool | None = None
-    inpaint_crop_input_image: bool | None = None
-    hr_option: str | None = None
-
-
 class ImageToImage(TextToImage):
     """`POST /sdapi/v1/img2img`."""
 
@@ -305,14 +275,6 @@ class Options(BaseModel):
     samples_format: str = "png"
 
 
-class ControlNets(BaseModel):
-    model_list: list[str]
-
-
-class Modules(BaseModel):
-    module_list: list[str] = ["none", "inpaint_only"]
-
-
 class PictureTold(BaseModel):
     info: str
     items: dict[str, str]
@@ -339,27 +301,27 @@ async def img2img(asked: ImageToImage, request: Request, service: TheService) ->
 
 def _sketch(asked: TextToImage, service: Service) -> Sketch:
     drawing = _drawing(asked, service)
-    unit = _control_unit(asked)
+    unit = unit_of(asked.alwayson_scripts)
     if unit is None:
         return drawing, {}
-    name = unit.model.partition(" [")[0]  # some tell the hash behind it
     more = {
-        "controlnet": name,
+        "controlnet": unit.name,
         "controlnet_conditioning_scale": unit.weight,
         "control_guidance_start": unit.guidance_start,
         "control_guidance_end": unit.guidance_end,
     }
-    drawing = drawing.model_copy(update=more)
-    if _is_masked(asked) and not unit.image and controlnet.sees_mask(name):
-        return drawing, {}  # it sees what is repainted
+    drawing, size = drawing.model_copy(update=more), (_or(asked.width, 512), _or(asked.height, 512))
+    redrawn: dict[str, Any] = {}
+    if isinstance(asked, ImageToImage):
+        if asked.mask and not unit.image and controlnet.sees_mask(unit.name):
+            return drawing, {}  # it sees what is repainted
+        redrawn = {"redrawn": (asked.init_images or [""])[0], "resize_mode": asked.resize_mode or 0}
     if unit.module == "inpaint_only":
-        hint = "goes with a mask, a model for inpainting and no image"
-        raise InvalidRequest("module", unit.module, hint)
-    return drawing, {"control_image": _control_image(unit, asked, service)}
-
-
-def _is_masked(asked: TextToImage) -> bool:
-    return isinstance(asked, ImageToImage) and bool(asked.mask)
+        hint = "inpaint_only goes with a mask, a model for inpainting and no image"
+        raise InvalidRequest("alwayson_scripts", "controlnet", hint)
+    whole = isinstance(asked, ImageToImage) and asked.mask and _only_masked(asked)
+    seen = seen_by(unit, service.settings, None if whole else size, **redrawn)
+    return drawing, {"control_image": seen}
 
 
 def _redrawing(asked: ImageToImage, service: Service) -> Sketch:
@@ -406,6 +368,10 @@ def _json(body: dict[str, Any]) -> Response:
 def _drawing(asked: TextToImage, service: Service) -> Drawing:
     """The request in our own words; refuses what has none."""
     _refuse_the_rest(asked)
+    width, height = _or(asked.width, 512), _or(asked.height, 512)
+    if width * height > service.settings.max_pixels:  # before pictures are brought to that size
+        hint = f"at most {service.settings.max_pixels} pixels in all"
+        raise InvalidRequest("width", width, hint)
     override = asked.override_settings or {}
     for name, value in override.items():
         if name in SETTINGS or _asks_for_nothing(name, value):
@@ -440,8 +406,8 @@ def _drawing(asked: TextToImage, service: Service) -> Drawing:
         "scheduler": name,
         "seed": None if asked.seed in (None, -1) else asked.seed,
         "num_images": count,
-        "width": _or(asked.width, 512),
-        "height": _or(asked.height, 512),
+        "width": width,
+        "height": height,
         "eta": eta,
         "output_format": "jpeg" if form == "jpg" else form,
         "previews": 10,
@@ -472,50 +438,6 @@ def _refuse_the_rest(asked: TextToImage) -> None:
             raise InvalidRequest(name, value, f"not done here; leave it out, or {nothing!r}")
 
 
-def _control_unit(asked: TextToImage) -> ControlUnit | None:
-    """The unit of the script `controlnet` that is switched on; any other script is refused."""
-    units: list[ControlUnit] = []
-    for name, script in (asked.alwayson_scripts or {}).items():
-        if script in ({}, [], [False], {"args": []}, {"args": [False]}):
-            continue
-        if name.lower() != "controlnet" or not isinstance(script, dict) or script.keys() > {"args"}:
-            raise InvalidRequest("alwayson_scripts", name, "of scripts, there is controlnet here")
-        for told in script["args"]:
-            if not isinstance(told, dict):
-                raise InvalidRequest("alwayson_scripts", name, "its units are objects with fields")
-            if told.get("enabled", True):
-                units.append(checked(ControlUnit, told))
-    if len(units) > 1:
-        raise InvalidRequest("alwayson_scripts", f"{len(units)} units", "one of them works here")
-    return units[0] if units else None
-
-
-def _control_image(unit: ControlUnit, asked: TextToImage, service: Service) -> Image.Image:
-    """What a unit's ControlNet sees: its image, or the one that is redrawn."""
-    sent = unit.image or next(iter(getattr(asked, "init_images", None) or ()), None)
-    if sent is None:
-        raise InvalidRequest("control_image", None, "the controlnet needs one to follow")
-    field = "control_image"
-    image = load_image(decode_picture(sent, field, service.settings), field)
-    if isinstance(asked, ImageToImage) and _is_masked(asked) and _only_masked(asked):
-        return image  # as large as the picture, of which a part is drawn
-    size, lanczos = (_or(asked.width, 512), _or(asked.height, 512)), Image.Resampling.LANCZOS
-    match unit.resize_mode:
-        case 0 | "Just Resize":
-            return image.resize(size, lanczos)
-        case 1 | "Crop and Resize":
-            return ImageOps.fit(image, size, lanczos)
-        case _:
-            return ImageOps.pad(image, size, lanczos, _colour_of_edge(image))
-
-
-def _colour_of_edge(image: Image.Image) -> tuple[int, ...]:
-    """The median of the outermost pixels."""
-    pixels = np.asarray(image)
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    return tuple(np.median(edge, axis=0).astype(int).tolist())
-
-
 def _check_plain(name: str, value: Any) -> None:
     """A field that nobody reads comes back in the answer, so it holds what it can tell."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -534,10 +456,6 @@ def _pictures(asked: ImageToImage, settings: Settings) -> tuple[Image.Image, Ima
         if mask.size != image.size:
             size = f"{mask.width} x {mask.height}"
             raise InvalidRequest("mask", size, "not as large as the image")
-    width, height = _or(asked.width, 512), _or(asked.height, 512)
-    if width * height > settings.max_pixels:
-        hint = f"at most {settings.max_pixels} pixels in all"
-        raise InvalidRequest("width", width, hint)
     image, mask = _resized(image, mask, asked)
     return (image if mask is None else _filled(image, mask, asked)), mask
 
@@ -739,18 +657,6 @@ def loras() -> list[LoraTold]:
     ]
 
 
-@of_control.get("/model_list")
-def controlnets() -> ControlNets:
-    """The ControlNets in the data folder, for the script `controlnet`."""
-    return ControlNets(model_list=list(controlnet.names_there()))
-
-
-@of_control.get("/module_list")
-def modules() -> Modules:
-    """Its preprocessors."""
-    return Modules()
-
-
 @router.get("/embeddings")
 def embeddings(service: TheService) -> Embeddings:
     """The textual inversions in the data folder, by the words that prompts say; `skipped`: files
@@ -811,8 +717,8 @@ def png_info(asked: PictureInfo, service: TheService) -> Response:
 
 @router.get("/scripts")
 def scripts() -> dict[str, list[str]]:
-    """There are none; clients ask."""
-    return {"txt2img": [], "img2img": []}
+    """Those that requests may name."""
+    return {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
 
 
 @router.get("/upscalers")

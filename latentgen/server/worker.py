@@ -254,9 +254,9 @@ def launch(settings: Settings, tell: TextIO, cancelled: Collection[str]) -> Work
     Raises:
         InvalidRequest: this machine cannot draw where and how the settings say.
     """
-    choose_place(settings.device, settings.dtype, settings.attention)
     lock = FileLock(settings.data_dir / "worker.lock")
     lock.acquire()
+    choose_place(settings.device, settings.dtype, settings.attention)
     prepare(settings.database)
     worker = Worker(settings, open_client(settings.database), tell, cancelled)
     worker.lock = lock  # until the process ends

@@ -126,12 +126,39 @@ def test_the_webuis_script_follows_it(server, lines, expected):
     assert listed == {"model_list": ["lines"]}
 
 
-def test_without_an_image_of_its_own_it_follows_the_one_that_is_redrawn(server, picture, expected):
-    asked = asked_of_the_webui(unit()) | {"init_images": [png(picture)], "denoising_strength": 0.8}
-    answer = server.http.post("/sdapi/v1/img2img", json=asked)
+def test_without_an_image_of_its_own_it_follows_the_one_that_is_redrawn(server, lines, expected):
+    asked = asked_of_the_webui(unit()) | {"init_images": [png(lines)], "denoising_strength": 0.8}
+    cropped = lines.crop((8, 0, 40, 32))
+    for mode, seen in ((0, lines.resize((32, 32), Image.Resampling.LANCZOS)), (1, cropped)):
+        answer = server.http.post("/sdapi/v1/img2img", json=asked | {"resize_mode": mode})
+        assert answer.status_code == 200, answer.text
+        drawn = pixels(base64.b64decode(answer.json()["images"][0]))
+        assert drawn == expected(seen, image=seen, strength=0.8), mode
+
+
+def test_what_other_clients_send_with_a_unit(server, lines, expected):
+    told = {"batch_images": "", "input_mode": "simple", "is_ui": True, "loopback": False}
+    told |= {"output_dir": "", "use_preview_as_input": False, "control_mode": ["Balanced"]}
+    told |= {"resize_mode": "Scale to Fit (Inner Fit)", "effective_region_mask": None}
+    told |= {"image": {"image": png(lines), "mask": None}, "guidance": 0.5}
+    told = unit(**told)
+    del told["guidance_end"]
+    answer = server.http.post("/sdapi/v1/txt2img", json=asked_of_the_webui(told))
     assert answer.status_code == 200, answer.text
     drawn = pixels(base64.b64decode(answer.json()["images"][0]))
-    assert drawn == expected(picture, image=picture, strength=0.8)
+    assert drawn == expected(lines.crop((8, 0, 40, 32)))
+
+
+def test_what_it_sees_may_be_large_and_what_is_drawn_not(server, lines):
+    noise = Image.effect_noise((1200, 1200), 100).convert("RGB")
+    asked = asked_of_the_webui(unit(image=png(noise)))
+    assert len(asked["alwayson_scripts"]["ControlNet"]["args"][0]["image"]) > 2**20
+    assert server.http.post("/sdapi/v1/txt2img", json=asked).status_code == 200
+    asked = asked_of_the_webui(unit(image=png(lines))) | {"width": 50_000, "height": 50_000}
+    for name, more in (("txt2img", {}), ("img2img", {"init_images": [png(lines)]})):
+        answer = server.http.post(f"/sdapi/v1/{name}", json=asked | more)
+        assert answer.status_code == 400
+        assert "pixels in all" in answer.json()["detail"]
 
 
 def test_one_for_inpainting_sees_what_is_repainted(server, tiny, picture, mask, net):
@@ -148,26 +175,41 @@ def test_one_for_inpainting_sees_what_is_repainted(server, tiny, picture, mask, 
     shutil.rmtree(folder)
     assert answer.status_code == 200, answer.text
     assert pixels(base64.b64decode(answer.json()["images"][0])) == drawn.tobytes()
-    assert "goes with a mask, a model for inpainting" in refused.json()["detail"]
+    assert "inpaint_only goes with a mask" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(
     ("units", "told"),
     [
-        ([unit(module="canny", image="x")], "module='canny': Input should be 'none'"),
+        (
+            [unit(module="canny", image="x")],
+            "'canny': module of a unit of controlnet: Input should",
+        ),
+        ([unit(module="inpaint_only", image="x")], "inpaint_only goes with a mask"),
         ([unit(model="nowhere")], "one of lines"),
         ([unit()], "image=None: the controlnet needs one"),
         ([unit(image="!")], "image='!': not base64"),
         ([unit(), unit()], "one of them works here"),
-        ([unit(control_mode="My prompt is more important")], "control_mode="),
+        ([unit(control_mode="My prompt is more important")], "control_mode of a unit"),
+        ([unit(resize_mode="Any")], "resize_mode of a unit"),
+        ([unit(model=None)], "model of a unit"),
         ([unit(batch_images="x")], "batch_images"),
-        (["lines"], "its units are objects"),
+        (["lines"], "a unit of controlnet is an object"),
+        ([unit(enabled="no"), unit(enabled="false"), unit(weight="x")], "weight of a unit"),
     ],
 )
 def test_units_that_ask_for_more_are_refused(server, lines, units, told):
     for one in units:
         if isinstance(one, dict) and one["model"] == "nowhere":
-            one["image"] = png(lines)
+            one["image"] = png(lines)  # a request that is right but for that
     answer = server.http.post("/sdapi/v1/txt2img", json=asked_of_the_webui(*units))
     assert answer.status_code == 400, answer.text
     assert told in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("script", [{"foo": 1}, {"args": None}, {"args": 5}, {"args": [], "x": 1}])
+def test_a_script_of_another_shape_is_refused(server, script):
+    asked = {"prompt": "a cat", "alwayson_scripts": {"controlnet": script}}
+    answer = server.http.post("/sdapi/v1/txt2img", json=asked)
+    assert answer.status_code == 400
+    assert "controlnet, with its units in `args`" in answer.json()["detail"]

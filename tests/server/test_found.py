@@ -310,7 +310,7 @@ def test_a_stream_that_waits_says_that_it_lives(server, monkeypatch, tmp_path):
     job = accept(Drawing(prompt="a"), Settings(data_dir=tmp_path))
     monkeypatch.setattr(openai, "PING", 0.0)
     live = SimpleNamespace(follow=waits, running={})
-    service = SimpleNamespace(live=live, settings=Settings(data_dir=tmp_path))
+    service = SimpleNamespace(live=live, settings=Settings(data_dir=tmp_path), leaving=False)
 
     async def told():
         return [one async for one in openai._events(service, job, "image_generation", {})]

@@ -77,25 +77,29 @@ def test_events_tell_all_steps_and_the_previews_asked_for(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_waits_when_the_server_is_stopped_is_told_so_and_the_job_stays(tiny, tmp_path, stream):
-    server = Running(tmp_path / "home", tiny, "--max-steps", "900").start().wait()
+    server = Running(tmp_path / "home", tiny, "--max-steps", "900").start()
     asked = {"prompt": "a cat", "stream": stream, "steps": 900, "size": "512x512", "n": 8}
     answers = []
     waiting = threading.Thread(
         target=lambda: answers.append(server.http.post("/v1/images/generations", json=asked))
     )
-    waiting.start()
-    while not (jobs := server.http.get("/jobs").json()["jobs"]):
-        time.sleep(0.05)
-    server.drawn(jobs[0]["id"], 3)
-    server.process.send_signal(signal.SIGTERM)
-    waiting.join()
-    server.process.wait(30)
     try:
-        state = server.start().wait("").job(jobs[0]["id"])
+        server.wait()
+        waiting.start()
+        end = time.monotonic() + 60
+        while not (jobs := server.http.get("/jobs").json()["jobs"]):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        id = jobs[0]["id"]
+        server.drawn(id, 3)
+        server.process.send_signal(signal.SIGTERM)
+        waiting.join(60)
+        server.process.wait(30)
+        state = server.start().wait("").job(id)
     finally:
         server.process.kill()
     assert state["status"] in ("queued", "running")
-    told = "the server is being stopped; the job stays in the queue"
+    told = f"the server is being stopped; the job {id} stays in the queue"
     if stream:
         assert told in answers[0].text
     else:

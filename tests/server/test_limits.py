@@ -75,7 +75,7 @@ def test_only_pictures_may_be_large(app):
     assert status(app, [b"x" * 2**20] * 4) == 200
     assert status(app, [b"x" * 2**20] * 5) == 413
     assert status(app, [], length=5 * 2**20, last=False) == 413
-    for path in ("/v1/images/generations", "/sdapi/v1/txt2img", "/gradio_api/queue/join"):
+    for path in ("/v1/images/generations", "/sdapi/v1/options", "/gradio_api/queue/join"):
         assert status(app, [b"x" * 2**20], path=path) == 200
         assert status(app, [b"x" * 2**20, b"x"], path=path) == 413
 

@@ -211,7 +211,7 @@ def test_quality_stays_within_the_limits(quality, own, steps):
     model = SimpleNamespace(num_inference_steps=own)
     settings = SimpleNamespace(models=lambda: {"one": model}, max_steps=150)
     asked = Generation(prompt="a", quality=quality)
-    assert _drawing(asked, SimpleNamespace(settings=settings), False).num_inference_steps == steps
+    assert _drawing(asked, SimpleNamespace(settings=settings)).num_inference_steps == steps
 
 
 def test_who_hangs_up_is_not_drawn_for(client, server):

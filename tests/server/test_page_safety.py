@@ -446,6 +446,8 @@ def test_what_the_form_lacks_is_told(server, settings, tmp_path):
     (tmp_path / "led.png").write_bytes(
         metadata.encode(Image.new("RGB", (8, 8)), "PNG", "", record, 95)
     )
+    for name in ("x", {}, {"name": []}, None):
+        assert not page.is_here(name)
     again, lost = page.settings_of(tmp_path / "led.png", settings)
     assert again == values | {"controlnet": "lines", "control_guidance_end": 0.5}
     assert "the picture that its ControlNet saw: load it" in lost

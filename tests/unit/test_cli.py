@@ -98,8 +98,9 @@ def test_every_flag_reaches_the_request(run, model):
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("scheduler", ["euler_a", "dpm++_2m karras"])
 def test_replay_of_our_own_picture_differs_by_nothing(run, model, ending, scheduler):
+    quality = ("--quality", 60) if ending != "png" else ()
     run(
-        *("generate", "a cat", "-m", model, "--steps", 3, "-n", 3, "--quality", 60),
+        *("generate", "a cat", "-m", model, "--steps", 3, "-n", 3, *quality),
         *("--scheduler", scheduler, "-o", f"cat.{ending}"),
     )
     outcome = run("replay", f"cat-2.{ending}", "-m", model, "-o", "again.png")
@@ -107,6 +108,12 @@ def test_replay_of_our_own_picture_differs_by_nothing(run, model, ending, schedu
     assert "not reproduced" not in outcome.stdout
     if ending == "png":
         assert np.array_equal(Image.open("again.png"), Image.open("cat-2.png"))
+
+
+def test_a_quality_that_png_has_no_use_for_is_refused(run, model):
+    for command in (("generate", "a cat", "-o", "cat.png"), ("generate", "a cat")):
+        told = run(*command, "-m", model, "--quality", 60, status=2).stderr
+        assert "quality=60: PNG loses nothing" in told
 
 
 def test_replay_notices_another_picture(run, model):

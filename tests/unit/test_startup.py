@@ -62,7 +62,8 @@ def test_a_server_listens_with_the_collector(monkeypatch, model, tmp_path):
     from latentgen.server import run as server
 
     states = []
-    monkeypatch.setattr(server.uvicorn, "run", lambda *args, **kwargs: states.append(state()))
+    monkeypatch.setattr(server, "listen", lambda settings: [])
+    monkeypatch.setattr(server.Server, "run", lambda *args: states.append(state()))
     monkeypatch.setenv("LATENTGEN_HOME", str(tmp_path))
     monkeypatch.setattr(server, "log_as_json", lambda: None)
     run(monkeypatch, "serve", "--model", model)
