@@ -252,13 +252,14 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
                     control_image = gr.Image(
                         type="filepath",
                         sources=["upload", "clipboard"],
-                        label="What it sees: edges, a pose, depths, as it was trained for",
+                        label="What it sees: edges, a pose, depths",
                         elem_id="control-image",
                     )
                     control_scale = gr.Slider(0, 2, 1, step=0.05, label="How strongly")
-                    with gr.Row():
-                        control_start = gr.Slider(0, 1, 0, step=0.05, label="From this share")
-                        control_end = gr.Slider(0, 1, 1, step=0.05, label="of the steps to this")
+                    control_start = gr.Slider(
+                        0, 1, 0, step=0.05, label="From this share of the steps"
+                    )
+                    control_end = gr.Slider(0, 1, 1, step=0.05, label="Up to this share")
                 with gr.Accordion("Settings", open=False):
                     model = gr.Dropdown(list(models), value=usual.name, label="Model")
                     scheduler = gr.Dropdown(
