@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import sqlalchemy as sa
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -168,6 +169,14 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     @app.exception_handler(Leaving)
     async def leaving(request: Request, error: Leaving) -> JSONResponse:
         return answer(request, 503, str(error))
+
+    @app.exception_handler(sa.exc.OperationalError)
+    @app.exception_handler(OSError)
+    async def stuck(request: Request, error: sa.exc.OperationalError | OSError) -> JSONResponse:
+        """A full disk, most of the time, or a database that went away."""
+        log.error("an answer failed: %s", without_values(error))
+        reason = error.strerror if isinstance(error, OSError) else error.orig
+        return answer(request, 503, f"the server cannot read or write its files: {reason}")
 
 
 def _add_watching(app: FastAPI, settings: Settings, locks: list[Any]) -> None:

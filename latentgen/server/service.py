@@ -99,7 +99,7 @@ class Service:
             job = await self._by_hand(self._accepted, prepare, arguments)
             try:
                 await asyncio.to_thread(self.jobs.put, job)
-            except QueueFull:
+            except Exception:
                 remove_inputs(job, self.settings)
                 raise
             self.open += 1

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import threading
@@ -344,6 +345,26 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_file(tmp_path / "x.png", b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux only")
+def test_a_disk_that_is_full_is_told_and_nothing_stays(server):
+    asked = {"prompt": "a", "steps": 2}
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        answers = [
+            server.http.post("/jobs", json=asked),
+            server.http.post("/jobs", json=asked | {"image": text(encoded(UPRIGHT))}),
+            server.http.post("/v1/images/generations", json={"prompt": "a"}),
+        ]
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, before)
+    for answer in answers:
+        assert answer.status_code == 503
+        assert "cannot read or write its files" in answer.json()["error"]["message"]
+    assert list((server.home / "inputs").iterdir()) == []
+    assert server.ended(server.submit())["status"] == "done"
 
 
 def test_a_prompt_that_a_jpeg_cannot_hold_is_refused_before_it_is_drawn(server):
