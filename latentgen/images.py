@@ -182,9 +182,14 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> 
 
 def picture_files(folder: Path) -> list[Path]:
     """Every picture below a folder, in the order of their paths; also those of kinds that cannot
-    be read."""
+    be read. What is hidden (`._photo.jpg` of a Mac, `.ipynb_checkpoints/`) is none."""
     endings = SUFFIXES | FOREIGN
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in endings)
+    return sorted(
+        file
+        for file in found
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def read_pictures(folder: str | Path, field: str = "folder") -> list[Image.Image]:

@@ -341,6 +341,11 @@ def main() -> None:
     by_pixels: dict[bytes, dict] = {}
     skipped: list[str] = []
     for folder in rows:
+        if (args.output_dir / folder).exists() and not (args.output_dir / "SOURCES.json").exists():
+            raise SystemExit(
+                f"{args.output_dir / folder} is not of this script; name another folder"
+            )
+    for folder in rows:
         shutil.rmtree(args.output_dir / folder, ignore_errors=True)
     for style, tarball in packages.items():
         # subjects first: of icons that look the same, the first gives the picture its name

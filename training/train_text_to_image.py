@@ -1,6 +1,6 @@
 """Train a diffusion model from nothing: a U-Net that draws captions or, without them, pictures.
 
-    accelerate launch training/train_text_to_image.py --config training/configs/unet.yaml
+    accelerate launch training/train_text_to_image.py --config training/configs/unet-everyday.yaml
 
 With captions it is a latent diffusion model: every picture passes through the frozen autoencoder
 and every caption through the frozen text encoder once, before the first step. The words reach the

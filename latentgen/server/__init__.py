@@ -8,7 +8,7 @@
     app.py        puts it together: security, errors, health, metrics
     native.py     /jobs            our own API
     openai.py     /v1              that of OpenAI
-    webui.py      /sdapi/v1        that of the WebUI
+    webui.py      /sdapi/v1        that of the WebUI, with controlunit.py for its ControlNets
     page.py       /                for people (Gradio)
 
 The three APIs and the page turn what they are sent into the same `Drawing`; none of them knows how

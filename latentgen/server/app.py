@@ -176,6 +176,7 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
         """A full disk, most of the time, or a database that went away."""
         log.error("an answer failed: %s", without_values(error))
         reason = error.strerror if isinstance(error, OSError) else error.orig
+        reason = reason or type(error).__name__
         return answer(request, 503, f"the server cannot read or write its files: {reason}")
 
 

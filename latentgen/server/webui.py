@@ -71,6 +71,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "firstpass_image": ("",),
     "latent_mask": ("",),
     "infotext": ("",),
+    "hr_additional_modules": ([], ["Use same choices"]),
 }
 # Fields that say how something is done which is not done: numbers and texts that nobody reads.
 MOOT = {
@@ -86,11 +87,15 @@ MOOT = {
     "hr_scheduler",
     "hr_prompt",
     "hr_negative_prompt",
+    "hr_cfg",
+    "hr_distilled_cfg",
+    "distilled_cfg_scale",
     "image_cfg_scale",
     "do_not_save_samples",  # the original overwrites both with save_images
     "do_not_save_grid",
     "force_task_id",
 }
+PRIVATE = {"url", "auth"}  # SillyTavern sends on where it sends to, with the password
 SETTINGS = {"sd_model_checkpoint", "samples_format"}  # what override_settings may name
 NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {  # and with these values
     "CLIP_stop_at_last_layers": (1,),
@@ -349,7 +354,7 @@ async def _answer(service: Service, request: Request, asked: TextToImage, job: J
 def _drawn(service: Service, state: JobState, asked: TextToImage) -> Response:
     """The whole answer, ready to be sent; of a job that was interrupted, without pictures."""
     pictures = pictures_of(service, state)
-    echo = asked.model_dump()
+    echo = asked.model_dump(exclude=PRIVATE)
     if isinstance(asked, ImageToImage) and not asked.include_init_images:
         echo |= {"init_images": None, "mask": None}
     body = {
@@ -428,7 +433,7 @@ def _refuse_the_rest(asked: TextToImage) -> None:
     for name, value in (asked.model_extra or {}).items():
         if value is None:
             continue
-        if name in MOOT:
+        if name in MOOT | PRIVATE:
             _check_plain(name, value)
             continue
         if name not in NEUTRAL:
@@ -727,6 +732,12 @@ def upscalers() -> list[dict[str, str]]:
     return []
 
 
+@router.get("/latent-upscale-modes")
+def latent_upscale_modes() -> list[dict[str, str]]:
+    """There are none; clients ask."""
+    return []
+
+
 @router.get("/sd-vae")
 def sd_vae() -> list[dict[str, str]]:
     """Each model has its own; clients ask."""
@@ -743,6 +754,9 @@ def _named_model(service: Service, name: Any) -> Model:
     if name is None:
         return next(iter(models.values()))
     for found in models.values():
-        if name in (found.name, _title(found), found.hash(), f"{found.name}.safetensors"):
+        if name in (found.name, f"{found.name}.safetensors"):
+            return found
+    for found in models.values():  # which reads each file once
+        if name in (_title(found), found.hash()):
             return found
     raise InvalidRequest("sd_model_checkpoint", name, f"one of {', '.join(models)}")

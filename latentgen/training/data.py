@@ -39,7 +39,7 @@ def read_data(
     checked = check(read_folder(config.train_data_dir, config.metadata_file))
     pictures, data = checked.pictures, checked.fingerprint
     if config.validation_data_dir is not None:
-        checked = check(read_folder(config.validation_data_dir))
+        checked = check(read_folder(config.validation_data_dir), at_least=1)
         unseen, data = checked.pictures, data + checked.fingerprint
     else:
         last = len(pictures) - 1
@@ -55,10 +55,9 @@ def pixel_batches(
     """All pictures in order, scaled, never stretched, until they cover `size` (height, width), and
     the middle of that: (B, 3, height, width), uint8."""
     for start in range(0, len(pictures), count):
-        images = [load_image(picture.file) for picture in pictures[start : start + count]]
-        arrays = [
-            np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
-            for image in images
+        arrays = [  # one photo in memory at a time
+            np.asarray(ImageOps.fit(load_image(picture.file), size[::-1], Image.Resampling.LANCZOS))
+            for picture in pictures[start : start + count]
         ]
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 

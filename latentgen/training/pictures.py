@@ -10,6 +10,7 @@ import os
 import random
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def read_dataset(
     written below `export_dir` once, as PNG, and are files like all others from there on."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError("--dataset_name needs `pip install datasets`") from error
     try:
@@ -104,7 +106,8 @@ def read_dataset(
                 rows = rows["train"]
         else:
             rows = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, KeyError) as error:
+    # a loading script, which is remote code, is a RuntimeError
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         raise DataError(f"--dataset_name {name}: {error}") from error
     for column in (image_column, caption_column):
         if column not in rows.column_names:
@@ -283,7 +286,7 @@ def with_masks(pictures: list[Picture], folder: Path) -> list[Picture]:
     masks = {file.stem: file for file in files}
     if strangers := sorted(masks.keys() - set(stems)):
         raise DataError(f"{folder} has masks of no picture: {', '.join(strangers[:SHOWN])}")
-    twice = {stem for stem in stems if stems.count(stem) > 1} & masks.keys()
+    twice = {stem for stem, count in Counter(stems).items() if count > 1} & masks.keys()
     if twice or len(masks) < len(files):
         raise DataError(
             f"{folder}: several pictures or masks are called {sorted(twice) or 'alike'}"

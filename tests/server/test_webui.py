@@ -181,11 +181,18 @@ def test_progress_and_interrupt(server):
     assert answers[0]["images"] == json.loads(answers[0]["info"])["all_seeds"] == []
 
 
+def test_what_sillytavern_sends_on_is_taken_and_its_password_is_not_told(server):
+    own = {"url": "http://127.0.0.1:7860", "auth": "me:secret", "hr_additional_modules": []}
+    answer = post(server, "txt2img", **ALWAYS | OF_TEXT | own | {"prompt": "a cat"})
+    assert len(answer["images"]) == 1
+    assert "secret" not in json.dumps(answer)
+
+
 def test_companions_answer(server, picture):
     get = {
         name: server.http.get(f"/sdapi/v1/{name}").json()
         for name in ("samplers", "schedulers", "sd-models", "loras", "embeddings", "options",
-                     "scripts", "upscalers", "sd-vae")
+                     "scripts", "upscalers", "latent-upscale-modes", "sd-vae")
     }  # fmt: skip
     assert "DPM++ 2M" in [one["name"] for one in get["samplers"]]
     assert "karras" in [one["name"] for one in get["schedulers"]]

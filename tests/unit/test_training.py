@@ -244,6 +244,8 @@ def test_a_folder_is_read_by_its_listing_or_by_text_files(tmp_path):
     assert found[1].file == tmp_path / "a" / "one.png"
     assert all(picture.listed for picture in found)
     draw(tmp_path / "three.png", 30)
+    draw(tmp_path / "._three.png", 31)  # what a Mac leaves
+    draw(tmp_path / ".ipynb_checkpoints" / "three.png", 32)
     found = read_folder(tmp_path)
     assert [(p.file.name, p.listed) for p in found[2:]] == [("three.png", False)]
     with pytest.raises(DataError, match=r"1 not listed in metadata\.jsonl.*\n.*three\.png"):
