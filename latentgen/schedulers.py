@@ -303,10 +303,10 @@ def plan(scheduler, text: str | None, num_inference_steps: int, strength: float 
     except (ValueError, IndexError) as error:
         hint = f"{type(scheduler).__name__} cannot run that: {error}"
         raise InvalidRequest("num_inference_steps", num_inference_steps, hint) from error
-    if strength is None:
-        return scheduler.timesteps
-    first = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
-    if hasattr(scheduler, "set_begin_index"):
+    first = 0
+    if strength is not None:
+        first = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):  # it would look for the timestep, which may repeat
         scheduler.set_begin_index(first)
     return scheduler.timesteps[first:]
 

@@ -106,8 +106,8 @@ def read_dataset(
                 rows = rows["train"]
         else:
             rows = datasets.load_dataset(name, split="train")
-    # a loading script, which is remote code, is a RuntimeError
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
+        # RuntimeError: a loading script, which is remote code
         raise DataError(f"--dataset_name {name}: {error}") from error
     for column in (image_column, caption_column):
         if column not in rows.column_names:

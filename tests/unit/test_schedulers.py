@@ -5,7 +5,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from fakes import SCHEDULER, parts
+from fakes import SCHEDULER, drawer, parts
 
 from latentgen import InvalidRequest, LatentDiffusion, schedulers
 from latentgen.schedulers import NAMES, SchedulerName, parse
@@ -119,6 +119,12 @@ def test_align_your_steps_keeps_both_ends(steps):
     assert timesteps == sorted(timesteps, reverse=True)
     if steps > 1:
         assert timesteps[-1] == 24
+
+
+@pytest.mark.parametrize("name", ["deis", "dpm++_2m", "dpm++_3m_sde", "dpm++_2s", "unipc"])
+def test_the_first_timesteps_of_many_may_be_the_same(name):
+    result = drawer().generate("a cat", scheduler=f"{name} beta", num_inference_steps=50, seed=0)
+    assert result.image.getextrema() != ((0, 0), (0, 0), (0, 0))
 
 
 def test_more_steps_than_a_scheduler_can_make_are_refused():
