@@ -32,13 +32,12 @@ import yaml
 from . import startup
 from .errors import InvalidRequest, LatentgenError
 from .modelfolder import Model
-from .request import Request
+from .request import OF_PICTURES, Request
 
 __all__ = ["Row", "compare", "read_settings", "report"]
 
 CALLS = 2  # after the first
-LOADING = ("device", "dtype", "attention")
-OF_PICTURES = {"image", "mask_image", "strength", "mask_blur", "padding_mask_crop"}
+LOADING = ("device", "dtype", "attention", "config")
 OTHERS = {item.name for item in fields(Request)} - OF_PICTURES - {"prompt", "output_type", "loras"}
 DRAWING = {"steps": "num_inference_steps", **{name: name for name in OTHERS}}
 FIGURES = ("start", "first", "picture", "memory")
@@ -173,24 +172,23 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, Any]:
         *_, last = pipe.draw(request)
         seconds.append(time.perf_counter() - began)
     assert last.result is not None
-    device = last.result.settings["device"]
     return {
         "start": start,
         "first": seconds[0],
         "picture": statistics.median(seconds[1:]) / len(last.result.images),
-        "memory": _peak_memory(device),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "memory": _peak_memory(pipe.device),
+        "device": (torch.cuda.get_device_name if pipe.device.type == "cuda" else str)(pipe.device),
         "threads": torch.get_num_threads(),
         "versions": metadata.versions(),
     }
 
 
-def _peak_memory(device: str) -> int:
+def _peak_memory(device) -> int:
     """In bytes."""
-    if device == "cuda":
+    if device.type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil
 

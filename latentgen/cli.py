@@ -230,6 +230,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A picture with metadata.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the copy.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Instead of its own.")] = None,
+    config: Config = None,
     image: Annotated[Path | None, typer.Option(help="The picture it was made from.")] = None,
     mask_image: Annotated[Path | None, typer.Option(help="The mask it was made with.")] = None,
     lora: Annotated[
@@ -278,7 +279,8 @@ def replay(
                 hint = "the picture was not made with it; leave it out"
                 raise InvalidRequest("lora", str(use.path), hint)
 
-        result = _finish(request, model or DEFAULT_MODEL, device, dtype, attention, embedding)
+        where = (model or DEFAULT_MODEL, device, dtype, attention)
+        result = _finish(request, *where, embedding, config=config)
         index, quality = (known["index"], known["quality"]) if known else (0, metadata.QUALITY)
         if not 0 <= index < len(result.images):
             raise InvalidRequest("picture", str(picture), "its record is damaged")
@@ -304,6 +306,7 @@ def batch(
     prompts: PromptFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("pictures"),
     model: ModelName = DEFAULT_MODEL,
+    config: Config = None,
     num_images: Annotated[
         int | None,
         typer.Option("--num-images", "-n", help="A prompt.", show_default="the set's, or 1"),
@@ -342,11 +345,14 @@ def batch(
             settings = {name: value for name, value in flags.items() if value is not None}
             found, ending = modelfolder.find(model), f".{format.removeprefix('.')}"
             metadata.check_quality(metadata.picture_format(Path(f"picture{ending}")), quality)
-            tasks = plan(read_prompts(prompts), found, output, ending, seed, **settings)
+            wanted = read_prompts(prompts)
+            tasks = plan(wanted, found, output, ending, seed, **settings)
             console = _console()
             with console.status("loading the model"):
                 requests = [task.request for task in tasks]
-                pipe = _load(model, device, dtype, attention, embedding, requests)
+                pipe = _load(model, device, dtype, attention, embedding, requests, config)
+                if found.is_single_file:  # such a file does not tell its size before it is loaded
+                    tasks = plan(wanted, pipe.model, output, ending, seed, **settings)
                 waiting = [task for task in tasks if not task.is_done(pipe, overwrite, quality)]
             total = sum(len(task.files) for task in tasks)
             there = total - sum(len(task.files) for task in waiting)
@@ -364,6 +370,7 @@ def batch(
 @app.command()
 def bench(
     model: ModelName = DEFAULT_MODEL,
+    config: Config = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -405,6 +412,7 @@ def bench(
         asked |= {"scheduler": scheduler, "num_images": num_images}
         asked |= {"height": height, "width": width}
         asked |= {"device": device, "dtype": dtype, "attention": attention}
+        asked["config"] = None if config is None else str(config)
         shared = {name: value for name, value in asked.items() if value is not None}
         usual = ("steps=10", "num_images=4", "guidance_scale=1", "attention=sliced")
         texts = ("", *(usual if compare is None else compare))
@@ -437,6 +445,7 @@ def bench(
 def evaluate(
     prompts: PromptFile,
     model: ModelName = DEFAULT_MODEL,
+    config: Config = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("evaluation"),
     num_images: Annotated[
         int | None,
@@ -494,7 +503,7 @@ def evaluate(
             }
             of_drawing |= {"guidance_scale": guidance_scale, "scheduler": scheduler}
             of_drawing |= {"embedding": embedding, "device": device, "dtype": dtype}
-            of_drawing |= {"attention": attention}
+            of_drawing |= {"attention": attention, "config": config}
             for name, value in of_drawing.items():
                 if value not in (None, []):
                     hint = "pictures that are there are measured, not drawn; leave out "
@@ -528,7 +537,7 @@ def evaluate(
             evaluation = Evaluation(metrics, facts, pictures, wanted.prompts)
         else:
             with console.status("loading the model"):
-                pipe = _load(model, device, dtype, attention, embedding, requests)
+                pipe = _load(model, device, dtype, attention, embedding, requests, config)
             with Progress(console=console, transient=True) as progress:
                 task = progress.add_task("drawing", total=None)
                 evaluation = run_evaluation(
@@ -788,8 +797,6 @@ def _finish(
     from . import modelfolder
 
     found = modelfolder.find(model)
-    if config is not None and not found.is_single_file:
-        raise InvalidRequest("config", str(config), "goes with a .safetensors checkpoint")
     if not found.is_single_file:  # such a file does not tell its size before it is loaded
         request = request.resolve(found)
     console = _console()
@@ -863,6 +870,13 @@ def _reporting(interrupted: str = "nothing was written", **flags: str) -> Iterat
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
     except OSError as error:  # a full disk, a folder that went away
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:  # torch's
+        reason = str(error).partition("\n")[0]
+        if "memory" not in reason:
+            raise
+        advice = "smaller or fewer pictures, --dtype float16 and --attention sliced need less"
+        typer.echo(f"error: {reason} ({advice})", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted; {interrupted}", err=True)

@@ -6,12 +6,13 @@ small file that claims to be huge costs nothing.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from .errors import InvalidRequest
 
@@ -45,8 +46,9 @@ FOREIGN = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", "
 def load_image(source: Any, field: str = "image", background: str = "white") -> Image.Image:
     """Take a picture as a PIL image, an array or a path; return it as RGB.
 
-    Orientation from EXIF is applied, transparency is laid on the background. Arrays are (H, W),
-    (H, W, 1), (H, W, 3) or (H, W, 4), either 8-bit integers or floats in [0, 1].
+    Orientation from EXIF is applied, colours of another profile become sRGB, transparency is laid
+    on the background. Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), either 8-bit integers
+    or floats in [0, 1].
 
     Raises:
         InvalidRequest: it is missing, not a picture, truncated, or of more than MAX_PIXELS pixels.
@@ -214,7 +216,7 @@ def _open(source: Any, field: str) -> Image.Image:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         _check_size(image.size, source, field)
         image.load()
-        return ImageOps.exif_transpose(image)
+        return _in_srgb(ImageOps.exif_transpose(image))
     except InvalidRequest:
         raise
     except FileNotFoundError as error:
@@ -225,6 +227,22 @@ def _open(source: Any, field: str) -> Image.Image:
         raise InvalidRequest(
             field, source, f"cannot be read as a picture ({error}); PNG, JPEG and WebP can"
         ) from error
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """A picture with its colours as a screen shows them; one that is in sRGB stays as it is."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return image
+        mode = image.mode.replace("CMYK", "RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, own, srgb, outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):  # it is damaged, or of another kind of colours
+        return image
 
 
 def _from_array(array: np.ndarray, field: str) -> Image.Image:

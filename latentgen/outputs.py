@@ -69,7 +69,7 @@ def write_file(file: Path, data: bytes) -> None:
 
 def in_name(text: str) -> str:
     """The words of a prompt as a part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def _refused(path: Path, field: str, error: OSError) -> InvalidRequest:

@@ -217,6 +217,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         if found.is_single_file:
             assert found.path is not None
             return cls.from_single_file(found.path, device, dtype, attention, config)
+        if config is not None:
+            raise InvalidRequest("config", str(config), "goes with a .safetensors checkpoint")
         device, dtype = choose_place(device, dtype, attention)
         source = str(found.path) if found.hub_id is None else found.hub_id
         how: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
@@ -546,6 +548,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             request.num_inference_steps,
             request.strength,
             like.device,
+            self._is_xl,
         )
         changes = adapters.weighted((adapter.unet, use.weight) for use, adapter in loras)
         unet, scales = adapters.adapted(once(self.unet), changes), None
@@ -590,7 +593,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 }
                 result = Result(finished, request.seeds, request, self.model, settings, seconds)
                 self.maybe_free_model_hooks()
-            yield Step(step.index, step.total, result, _preview=self._previewer(step))
+            yield Step(step.index, step.total, result, _preview=self._previewer(request, step))
 
     @torch.inference_mode()
     def _encode_prompts(self, request: ResolvedRequest, like: Tensor):
@@ -728,12 +731,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         """Decoded pictures in the form that `output_type` asks for."""
         if request.output_type == "latent":
             return finished.clone()  # an ordinary tensor, not one of inference mode
-        pixels = latents.decode(self.vae, finished)  # (B, 3, H, W)
-        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        if request.mode == "inpaint":
-            array = images.composite(
-                request.image, array, request.mask_image, request.mask_blur, request.box
-            )
+        array = self._laid(request, latents.decode(self.vae, finished))
         match request.output_type:
             case "pil":
                 return images.to_pil(array)
@@ -742,12 +740,22 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             case _:
                 return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
-    def _previewer(self, step: Denoised) -> Callable[[int], Image.Image]:
+    def _previewer(self, request: ResolvedRequest, step: Denoised) -> Callable[[int], Image.Image]:
         def preview(index: int) -> Image.Image:
             pixels = latents.decode_unchecked(self.vae, step.estimate()[index : index + 1])
-            return images.to_pil(pixels.permute(0, 2, 3, 1).cpu().numpy())[0]
+            return images.to_pil(self._laid(request, pixels))[0]
 
         return preview
+
+    @staticmethod
+    def _laid(request: ResolvedRequest, pixels: Tensor) -> np.ndarray:
+        """Decoded pictures (B, 3, H, W) as an array (B, H, W, 3); repainted parts lie over the
+        picture that they are of."""
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        if request.mode != "inpaint":
+            return array
+        mask, box = request.mask_image, request.box
+        return images.composite(request.image, array, mask, request.mask_blur, box)
 
     def _scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler configuration, with the two repairs that diffusers makes too.

@@ -20,12 +20,11 @@ from typing import Any
 import yaml
 
 from .errors import InvalidRequest
-from .request import OF_CONTROL, Request
+from .request import OF_CONTROL, OF_PICTURES, Request
 
 __all__ = ["PromptSet", "read_prompts"]
 
-_PICTURES = {"image", "mask_image"}
-_FIELDS = {field.name for field in fields(Request)} - _PICTURES - {"output_type"}
+_FIELDS = {field.name for field in fields(Request)} - OF_PICTURES - {"output_type"}
 _FIELDS -= {"controlnet", *OF_CONTROL}
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "MAX_SIDE",
     "MAX_STEPS",
     "OF_CONTROL",
+    "OF_PICTURES",
     "OUTPUT_TYPES",
     "Request",
     "ResolvedRequest",
@@ -42,6 +43,7 @@ MAX_IMAGES = 64
 MAX_SEED = 2**63 - 1
 _TAKE_ETA = {entry.cls for entry in schedulers.NAMES.values() if entry.eta}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OF_PICTURES = {"image", "mask_image", "strength", "mask_blur", "padding_mask_crop"}
 OF_CONTROL = (  # fields that go with a `controlnet`
     "control_image",
     "controlnet_conditioning_scale",

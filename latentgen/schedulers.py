@@ -285,19 +285,28 @@ def create(text: str | None, config: dict[str, Any]):
     return cls.from_config(config, **{k: v for k, v in options.items() if k in known})
 
 
-def plan(scheduler, text: str | None, num_inference_steps: int, strength: float | None, device):
+def plan(
+    scheduler,
+    text: str | None,
+    num_inference_steps: int,
+    strength: float | None,
+    device,
+    is_xl: bool = False,
+):
     """The timesteps a call will run, (T,), descending; sets the scheduler up for them.
 
     Args:
         strength: None to start from pure noise; else the last `int(steps * strength)` of the steps,
             as img2img and inpainting run them. A second-order scheduler has two timesteps a step.
+        is_xl: whether the model is of the kind of SDXL, which aligned steps were found for too.
 
     Raises:
         InvalidRequest: the scheduler cannot make that many steps.
     """
     try:
         if text is not None and parse(text).spacing == _AYS:
-            scheduler.set_timesteps(timesteps=_align_your_steps(num_inference_steps), device=device)
+            own = _align_your_steps(num_inference_steps, is_xl)
+            scheduler.set_timesteps(timesteps=own, device=device)
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
     except (ValueError, IndexError) as error:
@@ -311,12 +320,12 @@ def plan(scheduler, text: str | None, num_inference_steps: int, strength: float 
     return scheduler.timesteps[first:]
 
 
-def _align_your_steps(num_inference_steps: int) -> list[int]:
-    """The timesteps of arXiv 2404.14507 for Stable Diffusion 1, stretched to other counts."""
+def _align_your_steps(num_inference_steps: int, is_xl: bool) -> list[int]:
+    """The timesteps of arXiv 2404.14507 for Stable Diffusion 1 or XL, stretched to other counts."""
     import numpy as np
     from diffusers.schedulers import AysSchedules
 
-    known = AysSchedules["StableDiffusionTimesteps"]
+    known = AysSchedules[f"StableDiffusion{'XL' if is_xl else ''}Timesteps"]
     places = np.linspace(0, len(known) - 1, num_inference_steps)
     return np.interp(places, np.arange(len(known)), known).round().astype(int).tolist()
 

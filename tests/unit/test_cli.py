@@ -71,6 +71,10 @@ def test_the_ending_decides_the_format_and_a_name_is_made_up(run, model, tmp_pat
     run("generate", "a cat", "-m", model, "--steps", 1, "-o", "cat.webp")
     formats = {path.name: Image.open(path).format for path in tmp_path.iterdir()}
     assert formats == {"a-cat-3.png": "PNG", "cat.jpg": "JPEG", "cat.webp": "WEBP"}
+    for prompt in ("Ein Bär, größer", "猫と犬", "🦊"):
+        run("generate", prompt, "-m", model, "--steps", 1, "--seed", 3)
+    made_up = {path.name for path in tmp_path.iterdir()} - formats.keys()
+    assert made_up == {"ein-bär-größer-3.png", "猫と犬-3.png", "picture-3.png"}
 
 
 def test_every_flag_reaches_the_request(run, model):
@@ -312,6 +316,12 @@ def test_a_checkpoint_is_drawn_at_its_own_size_with_the_configuration_of_a_folde
     assert (one.size, one.tobytes()) == (folder.size, folder.tobytes())
     refused = run(*words, model, "--config", model, "-o", "x.png", status=2)
     assert "goes with a .safetensors checkpoint" in refused.stderr
+    again = run("replay", "folder.png", "-m", "one.safetensors", "--config", model)
+    assert "largest pixel difference: 0\n" in again.stdout
+    (tmp_path / "set.txt").write_text("a cat")
+    words = ("set.txt", "--seed", 3, "--steps", 2, "--scheduler", "ddim", "-m", "one.safetensors")
+    run("batch", *words, "--config", model, "-o", "set")
+    assert Image.open("set/1-a-cat.png").tobytes() == folder.tobytes()
 
 
 def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):
@@ -323,6 +333,20 @@ def test_interrupting_ends_cleanly(run, model, monkeypatch, tmp_path):
     outcome = run("generate", "a cat", "-m", model, "-o", "x.png", status=130)
     assert "interrupted; nothing was written" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["CUDA out of memory. Tried to allocate 9 GiB.", "DefaultCPUAllocator: can't allocate memory"],
+)
+def test_too_little_memory_is_told_in_a_line(run, model, monkeypatch, reason):
+    def draw(self, request):
+        raise RuntimeError(f"{reason}\nmore")
+
+    monkeypatch.setattr(LatentDiffusion, "draw", draw)
+    told = run("generate", "a cat", "-m", model, "-o", "x.png", status=1).stderr
+    assert told.startswith(f"error: {reason} (smaller or fewer pictures, --dtype float16 and")
+    assert told.count("\n") == 1
 
 
 def test_a_model_that_draws_nothing_ends_with_status_1(run, tmp_path):

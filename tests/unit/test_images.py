@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from latentgen import InvalidRequest
 from latentgen.images import (
@@ -64,6 +64,16 @@ def test_the_orientation_of_a_camera_is_applied(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (8, 16)
+
+
+def test_colours_of_another_profile_become_srgb(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace(b"rXYZ", b"then").replace(b"gXYZ", b"rXYZ").replace(b"then", b"gXYZ")
+    other = other.replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be"))
+    photo = Image.new("RGBA", (1, 1), RED)
+    for profile, seen in ((srgb, RED), (other, (0, 255, 0)), (b"damaged", RED)):
+        photo.save(tmp_path / "photo.png", icc_profile=profile)
+        assert load_image(tmp_path / "photo.png").getpixel((0, 0)) == seen
 
 
 def test_sixteen_bits_become_eight(tmp_path):

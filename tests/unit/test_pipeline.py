@@ -111,6 +111,17 @@ def test_the_last_preview_of_a_deterministic_drawing_is_nearly_the_picture():
     assert abs(difference).max() <= 1
 
 
+def test_previews_of_a_part_lie_over_the_whole_picture(pipe, picture, mask):
+    whole = picture.resize((64, 64))
+    small = Image.new("L", whole.size)
+    small.paste(mask, (8, 8))
+    request = {"image": whole, "mask_image": small, "padding_mask_crop": 2}
+    for step in pipe.stream("a cat", **request, num_inference_steps=2):
+        shown = step.preview()
+        assert shown.size == whole.size
+        assert not (np.asarray(shown) != np.asarray(whole))[np.asarray(small) == 0].any()
+
+
 @pytest.mark.parametrize("missing", ["image", "mask_image"])
 def test_a_missing_picture_is_refused_not_ignored(pipe, picture, mask, missing):
     with pytest.raises(InvalidRequest) as refused:

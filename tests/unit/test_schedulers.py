@@ -121,6 +121,12 @@ def test_align_your_steps_keeps_both_ends(steps):
         assert timesteps[-1] == 24
 
 
+def test_align_your_steps_of_sdxl_are_its_own():
+    scheduler = schedulers.create("euler align your steps", CONFIG)
+    own = schedulers.plan(scheduler, "euler align your steps", 10, None, "cpu", is_xl=True)
+    assert own.tolist() == [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]  # of the paper
+
+
 @pytest.mark.parametrize("name", ["deis", "dpm++_2m", "dpm++_3m_sde", "dpm++_2s", "unipc"])
 def test_the_first_timesteps_of_many_may_be_the_same(name):
     result = drawer().generate("a cat", scheduler=f"{name} beta", num_inference_steps=50, seed=0)
