@@ -46,13 +46,18 @@ def has_posterior(vae) -> bool:
 
 
 @torch.inference_mode()
-def encode(vae, image: Tensor, generators: list[torch.Generator]) -> Tensor:
+def encode(
+    vae, image: Tensor, generators: list[torch.Generator], device: torch.device | None = None
+) -> Tensor:
     """Pixels (1, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), one row for each generator.
 
     A KL autoencoder is sampled (its posterior is a distribution), each row from its own generator;
     an autoencoder without a posterior gives the same row for all.
+
+    Args:
+        device: where it runs; None: where its weights are, if they are not offloaded.
     """
-    image = image.to(device=vae.device, dtype=vae.dtype)
+    image = image.to(device=device if device is not None else vae.device, dtype=vae.dtype)
     encoded = vae.encode(image)
     if has_posterior(vae):
         rows = [encoded.latent_dist.sample(generator) for generator in generators]

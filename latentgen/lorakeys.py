@@ -123,8 +123,8 @@ def _modern_flat(flat: str) -> str:
     `input_blocks_4_1_proj_in` is `down_blocks_1_attentions_0_proj_in`. All of Stable Diffusion has
     two resnets in a block, so each third of the input blocks goes down."""
     if found := re.fullmatch(r"middle_block_([012])_(.+)", flat):
-        place = ("resnets_0", "attentions_0", "resnets_1")[int(found[1])]
-        return f"mid_block_{place}_{_ORIGINAL_RESNET.get(found[2], found[2])}"
+        module = ("resnets_0", "attentions_0", "resnets_1")[int(found[1])]
+        return f"mid_block_{module}_{_ORIGINAL_RESNET.get(found[2], found[2])}"
     found = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d)_(.+)", flat)
     if found is None or flat in _ORIGINAL:
         return _ORIGINAL.get(flat, flat)

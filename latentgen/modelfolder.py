@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ __all__ = [
     "of_variant",
     "read_header",
     "read_json",
+    "schedule_of",
     "variant_of",
     "weights_of",
 ]
@@ -74,7 +75,9 @@ XL_GUIDANCE = 5.0  # by default, as in diffusers
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = (
     "pickle files can run code when opened and are never read; convert it once with "
-    "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')` "
+    "`python -c \"import torch, safetensors.torch as s; t = torch.load('FILE', 'cpu', "
+    "weights_only=True); t = t.get('state_dict', t.get('string_to_param', t)); s.save_file({k: "
+    "v.clone().contiguous() for k, v in t.items() if hasattr(v, 'clone')}, 'NAME.safetensors')\"` "
     "or look for a .safetensors version"
 )
 _KINDS_OF_FILE = {
@@ -89,6 +92,22 @@ _OF_CHECKPOINTS = (
     "cond_stage_model.",
     "conditioner.",
 )
+_WE_DRAW = "latentgen draws with models of Stable Diffusion 1, 2 and XL"
+_OTHER_KINDS = {  # by what only they have in a checkpoint
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "edm_mean": "Playground v2.5",
+    "edm_vpred.": "CosXL",
+}
+_OTHER_INPUTS = {  # by what their U-Net sees beside the latents
+    5: "a model that sees depth",
+    7: "an upscaler",
+    8: "InstructPix2Pix or Stable Video Diffusion",
+}
+_PARTS_OF_CHECKPOINTS = {
+    "autoencoder": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+}
 
 
 @dataclass(frozen=True)
@@ -202,7 +221,7 @@ def find(model: str | Path, revision: str | None = None) -> Model:
 
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name may be that of somebody's repository on the hub: owner/name."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) is not None
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", str(name)) is not None
 
 
 def fetch(
@@ -214,10 +233,17 @@ def fetch(
         InvalidRequest: there is no such repository, or the hub is out of reach.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        hint = f"there is no such folder, and it is no hub id: {error}"
+        raise InvalidRequest(field, hub_id, hint) from error
     except LocalEntryNotFoundError as error:
         hint = "not on this machine, and the hub is out of reach (or HF_HUB_OFFLINE)"
         raise InvalidRequest(field, hub_id, hint) from error
@@ -307,6 +333,28 @@ def read_header(
     return shapes
 
 
+def schedule_of(checkpoint: Path) -> dict[str, Any]:
+    """What a single file tells of its noise, as entries of a scheduler's configuration: by the
+    empty tensors `v_pred` and `ztsnr`, or by ModelSpec's `prediction_type` in its header.
+
+    Most tell nothing. Then the folder given as `config` decides; without one, a file of Stable
+    Diffusion 2 is judged by its weights, and any other predicts the noise.
+    """
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, framework="numpy") as opened:
+        names, header = set(opened.keys()), opened.metadata() or {}
+    told = {"v": "v_prediction", "epsilon": "epsilon"}.get(
+        header.get("modelspec.prediction_type", "")
+    )
+    if "v_pred" in names:
+        told = "v_prediction"
+    schedule: dict[str, Any] = {} if told is None else {"prediction_type": told}
+    if "ztsnr" in names:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return schedule
+
+
 def of_variant(variant: str | None, hub_id: str | None, load: Callable[[str | None], Any]) -> Any:
     """What `load` gives for a variant. Of a model on the hub nobody knows before whether there are
     others than "fp16"."""
@@ -349,8 +397,7 @@ def _from_folder(
     kind = index.get("_class_name")
     is_xl = kind in _XL_KINDS
     if kind not in _KINDS | _XL_KINDS:
-        hint = f"a {kind}; latentgen draws with models of Stable Diffusion 1, 2 and XL"
-        raise InvalidRequest("model", str(path), hint)
+        raise InvalidRequest("model", str(path), f"a {kind}; {_WE_DRAW}")
     parts = _XL_PARTS if is_xl else _PARTS
     if is_xl and index.get("text_encoder") in (None, [None, None]):
         raise InvalidRequest("model", str(path), "a refiner of SDXL; give the base model")
@@ -396,9 +443,10 @@ def _from_folder(
 
 def weights_of(folder: Path) -> list[Path]:
     """The files of weights in a part's folder that are read: of a variant only where there are no
-    others."""
+    others, and of `non_ema` never."""
     names = ("model", "diffusion_pytorch_model")
     files = sorted(f for f in folder.glob("*.safetensors") if f.name.startswith(names))
+    files = [file for file in files if ".non_ema" not in file.name]
     return [file for file in files if ".fp16" not in file.name] or files
 
 
@@ -430,17 +478,58 @@ def _kind(names: Set[str]) -> str | None:
 
 def _facts_of_checkpoint(file: Path) -> dict[str, Any]:
     shapes = read_header(file, "model", "model")
-    if not any(name.startswith("model.diffusion_model.") for name in shapes):
-        hint = "no Stable Diffusion checkpoint: it holds no model.diffusion_model"
+    if hint := _unfit(shapes):
         raise InvalidRequest("model", str(file), hint)
-    if "conditioner.embedders.0.model.text_projection" in shapes:
-        raise InvalidRequest("model", str(file), "a refiner of SDXL; give the base model")
-    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
-    facts: dict[str, Any] = {"sees_mask": first[1:2] == (9,)}
-    if any(name.startswith("conditioner.embedders.1.") for name in shapes):
-        size = 1024  # that SDXL was trained for
-        facts |= {"is_xl": True, "guidance_scale": XL_GUIDANCE, "height": size, "width": size}
-    return facts
+    is_xl = any(name.startswith("conditioner.embedders.1.") for name in shapes)
+    sees_mask = _inputs(shapes) == 9
+    words = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    is_2 = shapes.get(words, ())[-1:] == (1024,)
+    predicts = schedule_of(file).get("prediction_type")
+    if predicts is None:
+        is_v = is_2 and not sees_mask and _spreads_as_v(file)
+        predicts = "v_prediction" if is_v else "epsilon"
+    size = 1024 if is_xl else 768 if is_2 and predicts == "v_prediction" else 512
+    facts = {"height": size, "width": size, "prediction_type": predicts, "sees_mask": sees_mask}
+    return facts | ({"is_xl": True, "guidance_scale": XL_GUIDANCE} if is_xl else {})
+
+
+def _unfit(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What keeps a checkpoint of these tensors from being drawn with."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in shapes)
+
+    if not has("model.diffusion_model."):
+        return "no Stable Diffusion checkpoint: it holds no model.diffusion_model"
+    if has("conditioner.embedders.0.model.text_projection"):
+        return "a refiner of SDXL; give the base model"
+    kinds = [kind for start, kind in _OTHER_KINDS.items() if has(start)]
+    if kinds or (inputs := _inputs(shapes)) not in (4, 9):
+        kind = kinds[0] if kinds else _OTHER_INPUTS.get(inputs, "a model of another kind")
+        return f"{kind}; {_WE_DRAW}"
+    for part, starts in _PARTS_OF_CHECKPOINTS.items():
+        if not has(*starts):
+            return f"its {part} is missing; give a checkpoint of the whole model, or a model folder"
+    return None
+
+
+def _inputs(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The input channels of a checkpoint's U-Net; 0: it is none of Stable Diffusion's."""
+    _, channels, *_ = (*shapes.get("model.diffusion_model.input_blocks.0.0.weight", ()), 0, 0)
+    return channels
+
+
+def _spreads_as_v(file: Path) -> bool:
+    """How ComfyUI tells that a U-Net of Stable Diffusion 2 predicts v, as those for 768 pixels do:
+    by a bias that spreads wide. No, where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    with safe_open(file, framework="numpy") as opened:
+        try:
+            return bool(opened.get_tensor(bias).astype("float32").std() > 0.09)
+        except (SafetensorError, TypeError):  # there is none, or numpy does not know its numbers
+            return False
 
 
 @cache

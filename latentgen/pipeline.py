@@ -22,7 +22,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.loaders import FromSingleFileMixin
 from PIL import Image
 from torch import Tensor
@@ -256,7 +256,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         Args:
             path: the file; its other arguments are those of `from_pretrained`.
             config: a model folder (or hub id) with the configurations and the tokenizer, which such
-                files do not hold. None fetches the usual one for its kind from the hub, once.
+                files do not hold; and what it predicts, where the file does not tell. None fetches
+                the usual one for its kind from the hub, once.
         """
         found = modelfolder.find(path)
         if not found.is_single_file:
@@ -276,7 +277,17 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
                 "if this machine is offline, give a model folder of the same kind as --config"
             )
             raise InvalidRequest("model", str(path), hint) from error
-        return pipe._settle(None, device, attention, name=found.name, path=found.path)
+        assert found.path is not None
+        told = modelfolder.schedule_of(found.path)
+        if config is None:  # the hub's is one for many files
+            told = {"prediction_type": found.prediction_type, **told}
+        knows = told.keys() <= pipe.scheduler.config.keys()  # PNDM knows no zero terminal SNR
+        kind = type(pipe.scheduler) if knows else EulerDiscreteScheduler
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **told)
+        pipe._settle(None, device, attention, name=found.name, path=found.path)
+        if config is None:
+            pipe.model = replace(pipe.model, height=found.height, width=found.width)
+        return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save as a folder that every program of the field loads as a Stable Diffusion model."""
@@ -606,6 +617,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             self._encoders,
             [self._expand(text) for text in request.prompt],
             [self._expand(text) for text in negatives if guided],
+            like.device,
         )
         if self._is_xl and self.config.force_zeros_for_empty_prompt:
             negative = [
@@ -702,7 +714,9 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
             if request.mode == "txt2img":
                 noise = latents.draw_noise(generators, shape, like)
                 return noise * scheduler.init_noise_sigma, None, None
-            encoded = latents.encode(self.vae, images.to_tensor(request.image), generators)
+            encoded = latents.encode(
+                self.vae, images.to_tensor(request.image), generators, like.device
+            )
             noise = latents.draw_noise(generators, shape, like)
             return scheduler.add_noise(encoded.to(like), noise, timesteps[:1]), None, None
 
@@ -712,7 +726,7 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         mask = latent_mask(pixel_mask, *shape[1:]).to(like)
         original: Tensor | None = None
         if not self.model.sees_mask or request.strength != 1.0:
-            original = latents.encode(self.vae, picture, generators).to(like)
+            original = latents.encode(self.vae, picture, generators, like.device).to(like)
             original = original.contiguous()  # as diffusers' repeat() leaves it: the last bit
         noise = latents.draw_noise(generators, shape, like)
         if request.strength == 1.0:
@@ -720,7 +734,8 @@ class LatentDiffusion(DiffusionPipeline, FromSingleFileMixin):
         else:
             start = scheduler.add_noise(original, noise, timesteps[:1])
         if self.model.sees_mask:
-            masked = latents.encode(self.vae, picture * (pixel_mask < 0.5), generators).to(like)
+            seen = picture * (pixel_mask < 0.5)
+            masked = latents.encode(self.vae, seen, generators, like.device).to(like)
             return start, inpainting_channels(mask, masked), None
         if latents.has_posterior(self.vae):
             latents.draw_noise(generators, shape, like)  # diffusers samples the masked picture too

@@ -1,14 +1,15 @@
 """Prompts to embeddings.
 
 A prompt of any length is encoded whole: CLIP reads 77 tokens at a time, so a longer prompt becomes
-several chunks of 75 tokens, each between its own start and end token, and the U-Net attends to all
-of them. Nothing is cut. What `emphasis` says counts more has its states multiplied. SDXL reads a
-prompt with two encoders. This module does not know about guidance or batches of pictures.
+several chunks of up to 75 tokens, each between its own start and end token, and the U-Net attends
+to all of them. Nothing is left out. What `emphasis` says counts more has its states multiplied.
+SDXL reads a prompt with two encoders. This module does not know about guidance or batches of
+pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from . import emphasis
 __all__ = ["Words", "by_length", "encode_prompts"]
 
 Chunk = list[tuple[int, float]]  # tokens and how much they count
+
+REACH = 20  # tokens: so much shorter a chunk may be, to end at a comma or a word
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Words:
 
 @torch.inference_mode()
 def encode_prompts(
-    encoders: Sequence[tuple[Any, Any]], prompts: Sequence[str], negatives: Sequence[str]
+    encoders: Sequence[tuple[Any, Any]],
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    device: torch.device | None = None,
 ) -> tuple[list[Words], list[Words]]:
     """Encode prompts and their negatives. A prompt and its own negative get one length, which no
     other prompt of the call changes.
@@ -51,24 +57,28 @@ def encode_prompts(
         encoders: a tokenizer and its text encoder; of SDXL two pairs, of which the second pools.
         prompts: B texts.
         negatives: B texts, or none when there is no guidance.
+        device: where the encoders run; None: where their weights are, if they are not offloaded.
     """
     read = [[_read(*encoder, texts) for texts in (prompts, negatives)] for encoder in encoders]
     for family in zip(*(texts for kinds in read for texts in kinds if texts), strict=True):
         longest = max(map(len, family))
         for chunks in family:
             chunks += [[] for _ in range(longest - len(chunks))]
-    positive, negative = (_encode_all(encoders, texts) for texts in zip(*read, strict=True))
+    positive, negative = (_encode_all(encoders, texts, device) for texts in zip(*read, strict=True))
     return positive, negative
 
 
 def _encode_all(
-    encoders: Sequence[tuple[Any, Any]], texts: Sequence[list[list[Chunk]]]
+    encoders: Sequence[tuple[Any, Any]],
+    texts: Sequence[list[list[Chunk]]],
+    device: torch.device | None,
 ) -> list[Words]:
     """What each encoder makes of the texts as it has read them; of two, side by side."""
     if len(encoders) == 1:
-        return _encode(*encoders[0], texts[0])
+        return _encode(*encoders[0], texts[0], device)
     first, second = (
-        _encode(*encoder, own, of_two=True) for encoder, own in zip(encoders, texts, strict=True)
+        _encode(*encoder, own, device, of_two=True)
+        for encoder, own in zip(encoders, texts, strict=True)
     )
     return [
         Words(torch.cat([one.states, two.states], dim=-1), two.pooled)
@@ -127,12 +137,33 @@ def _chunks(tokenizer, size: int, text: str) -> list[Chunk]:
             for piece, weight in section
             for token in tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
         ]
-        starts = range(0, max(1, len(tokens)), size - 2)
-        chunks += [tokens[start : start + size - 2] for start in starts]
+        names = tokenizer.convert_ids_to_tokens([token for token, _ in tokens])
+        while len(tokens) > size - 2:
+            end = _end(names, size - 2, tokenizer.added_tokens_encoder.keys())
+            chunks.append(tokens[:end])
+            tokens, names = tokens[end:], names[end:]
+        chunks.append(tokens)
     return chunks
 
 
-def _encode(tokenizer, text_encoder, texts: list[list[Chunk]], of_two: bool = False) -> list[Words]:
+def _end(names: list[str], size: int, added: Set[str]) -> int:
+    """How many of more than `size` tokens make a chunk: as in the WebUI up to the last comma, if it
+    is near, or else up to a word's end, and never a part of a textual inversion."""
+    inside = {name for name in added if name.rpartition("_")[0] in added}
+    ends = [i for i in range(size, 0, -1) if names[i] not in inside]
+    near = [i for i in ends if i > size - REACH]
+    commas = [i for i in near if ",</w>" in names[i - 1 : i + 1]]  # it may begin the next one, too
+    words = [i for i in near if names[i - 1].endswith("</w>") or names[i - 1] in added]
+    return [*commas, *words, *ends, size][0]
+
+
+def _encode(
+    tokenizer,
+    text_encoder,
+    texts: list[list[Chunk]],
+    device: torch.device | None,
+    of_two: bool = False,
+) -> list[Words]:
     """`of_two`: as SDXL reads, from the last layer but one, and with what is pooled."""
     if not texts:
         return []
@@ -148,7 +179,7 @@ def _encode(tokenizer, text_encoder, texts: list[list[Chunk]], of_two: bool = Fa
         weights[row, 1 : len(ids) - 1] = torch.tensor([weight for _, weight in chunk])
 
     uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
-    device = text_encoder.device
+    device = device if device is not None else text_encoder.device
     options = {"output_hidden_states": True} if of_two else {}
     mask = attention.to(device) if uses_mask else None
     told = text_encoder(table.to(device), attention_mask=mask, **options)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from fakes import autoencoder_tiny, parts
 
 from latentgen import DecodeError, latents
@@ -39,6 +40,14 @@ def test_encoding_samples_the_posterior_of_each_picture_from_its_own_generator(v
         noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(seed))
         expected = vae.config.scaling_factor * (posterior.mean + posterior.std * noise)
         torch.testing.assert_close(row[None], expected)
+
+
+def test_an_autoencoder_whose_weights_are_offloaded_is_given_pixels_where_it_runs(vae, image):
+    expected = latents.encode(vae, image, latents.make_generators([1]))
+    cpu_offload(vae, torch.device("cpu"))
+    assert vae.device.type == "meta"
+    found = latents.encode(vae, image, latents.make_generators([1]), torch.device("cpu"))
+    assert torch.equal(found, expected)
 
 
 def test_an_autoencoder_without_a_posterior_gives_the_same_row_and_draws_nothing(image):

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from fakes import drawer
+from accelerate import cpu_offload
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from fakes import KINDS, SCHEDULER, components, drawer
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
@@ -66,6 +67,38 @@ def test_a_single_file_draws_the_same_picture_bit_for_bit(folder, checkpoint, pi
     assert (loaded.model.height, loaded.model.vae_scale_factor) == (32, 8)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+def test_a_single_file_tells_how_it_was_trained(folder, checkpoint, tmp_path, scheduler):
+    config = shutil.copytree(folder, tmp_path / "config")
+    scheduler.from_config(SCHEDULER).save_pretrained(config / "scheduler")
+    index = json.loads((config / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", scheduler.__name__]
+    (config / "model_index.json").write_text(json.dumps(index))
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(checkpoint) | marks, tmp_path / "v.safetensors")
+    loaded = LatentDiffusion.from_single_file(tmp_path / "v.safetensors", "cpu", config=config)
+    assert loaded.model.prediction_type == "v_prediction"
+    assert loaded.scheduler.alphas_cumprod[-1] < 1e-6
+    expected = draw(drawer("zero-terminal-snr"), scheduler="ddim")
+    np.testing.assert_array_equal(draw(loaded, scheduler="ddim"), expected)
+
+
+def test_without_a_configuration_a_file_decides_over_the_hubs(
+    folder, checkpoint, tmp_path, monkeypatch
+):
+    """The hub's for Stable Diffusion 2 predicts v, at 768 pixels."""
+    hubs = shutil.copytree(folder, tmp_path / "hubs")
+    config = hubs / "scheduler" / "scheduler_config.json"
+    told = json.loads(config.read_text()) | {"prediction_type": "v_prediction"}
+    config.write_text(json.dumps(told))
+    found = {"pretrained_model_name_or_path": str(hubs)}
+    monkeypatch.setattr("diffusers.loaders.single_file.fetch_diffusers_config", lambda _: found)
+    loaded = LatentDiffusion.from_single_file(checkpoint, "cpu")
+    assert (loaded.model.prediction_type, loaded.model.width) == ("epsilon", 512)
+    chosen = LatentDiffusion.from_single_file(checkpoint, "cpu", config=hubs)
+    assert (chosen.model.prediction_type, chosen.model.width) == ("v_prediction", 32)
+
+
 def test_a_single_file_without_its_configuration_is_an_error_offline(checkpoint):
     with pytest.raises(InvalidRequest, match="give a model folder of the same kind as --config"):
         LatentDiffusion.from_pretrained(checkpoint, device="cpu")
@@ -81,6 +114,23 @@ def test_weights_that_lack_a_tensor_are_refused_and_never_filled_up(folder, tmp_
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(InvalidRequest, match=rf"the weights of its {part} lack .*weight"):
         LatentDiffusion.from_pretrained(broken, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("xl", ()), ("4-channel", ["image"])]
+    + [(kind, ["image", "mask_image"]) for kind in ("4-channel", "9-channel")],
+)
+def test_offloaded_weights_draw_the_same_picture(kind, given, picture, mask):
+    pipe = LatentDiffusion(**components(sample_size=4, **KINDS[kind]))
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):  # as enable_sequential_cpu_offload does
+            cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    options = {"image": picture, "mask_image": mask}
+    options = CALL | {name: options[name] for name in given} | {"output_type": "np"}
+    *_, last = pipe.stream(**options)
+    *_, expected = drawer(kind).stream(**options)
+    np.testing.assert_allclose(last.result.images, expected.result.images, atol=1e-5)
 
 
 def test_a_folder_is_no_single_file(folder):

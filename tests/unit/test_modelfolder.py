@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from fakes import drawer
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 
 from latentgen import InvalidRequest
-from latentgen.modelfolder import Model, bundled_models, find
+from latentgen.embeddings import read_embedding
+from latentgen.modelfolder import CONVERT, Model, bundled_models, find, schedule_of
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,11 @@ def test_the_hash_is_the_beginning_of_sha256(folder):
     single = Model(weights.stem, weights)
     assert single.is_single_file
     assert single.hash() == find(folder).hash()
+    other = weights.with_name("diffusion_pytorch_model.non_ema.safetensors")  # is not drawn with
+    other.write_bytes(b"")
+    assert find(folder).hash() == single.hash()
+    weights.unlink()
+    assert "weights are missing" in refusal(folder)
 
 
 def test_latentgen_json_brings_defaults(folder):
@@ -99,9 +109,16 @@ def test_json_that_is_no_object_is_refused(folder, content):
     assert "JSON" in refusal(folder)
 
 
-@pytest.mark.parametrize("model", ["nowhere", "./no/where", "/no/where", "", "a/b/c", "../x"])
+@pytest.mark.parametrize(
+    "model", ["nowhere", "./no/where", "/no/where", "", "a/b/c", "../x", "models/x.safetensors"]
+)
 def test_what_is_nowhere_is_refused(model):
     assert "no such folder or file" in refusal(model) or "not a model" in refusal(model)
+
+
+@pytest.mark.parametrize("model", ["models/x--", "a/b..c", "a/b.git", "a/" + 100 * "b"])
+def test_what_the_hub_would_not_have_is_nowhere_too(model):
+    assert "there is no such folder, and it is no hub id" in refusal(model)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
@@ -163,6 +180,29 @@ def test_pickles_are_refused_with_a_way_to_convert_them(folder, tmp_path):
         assert "convert it once" in refusal(tmp_path / "missing" / name)
 
 
+VECTORS = torch.arange(12.0).reshape(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "name"),
+    [
+        ({"a.weight": VECTORS.T, "b.weight": VECTORS}, "b.weight"),
+        ({"state_dict": {"a": VECTORS[:1], "b": VECTORS, "n": 3}, "global_step": 7}, "b"),
+        ({"<cat>": torch.nn.Parameter(VECTORS)}, "<cat>"),
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": VECTORS}, "name": "x"}, "*"),
+    ],
+)
+def test_pickles_are_converted_by_what_the_refusal_says(tmp_path, monkeypatch, pickled, name):
+    monkeypatch.chdir(tmp_path)
+    torch.save(pickled, "FILE")
+    exec(re.search(r'python -c "(.*)"`', CONVERT)[1])
+    assert torch.equal(load_file("NAME.safetensors")[name], VECTORS)
+    if name in ("<cat>", "*"):
+        word, [vectors] = read_embedding("NAME.safetensors")
+        assert word == {"*": "NAME"}.get(name, name)
+        assert torch.equal(vectors, VECTORS)
+
+
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert ".safetensors" in refusal(tmp_path / "notes.txt")
@@ -181,6 +221,86 @@ def test_another_file_is_refused(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_told_from_its_header(tmp_path, names, told):
     save_file({name: np.zeros(3, np.float32) for name in names}, tmp_path / "x.safetensors")
     assert told in refusal(tmp_path / "x.safetensors")
+
+
+UNET = "model.diffusion_model."
+
+
+def write_checkpoint(file, inputs=4, lacks="-", header=None, **more):
+    """What a checkpoint is judged by, and a whole one has."""
+    tensors = {name: torch.zeros(1) for name in ("first_stage_model.x", "cond_stage_model.x")}
+    tensors[UNET + "input_blocks.0.0.weight"] = torch.zeros(8, inputs, 3, 3)
+    kept = {name: value for name, value in tensors.items() if not name.startswith(lacks)}
+    save_tensors(kept | more, file, header)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ({"inputs": 5}, "a model that sees depth; latentgen draws with"),
+        ({"inputs": 7}, "an upscaler"),
+        ({"inputs": 8}, "InstructPix2Pix or Stable Video Diffusion"),
+        ({"lacks": UNET, UNET + "joint_blocks.0": torch.ones(1)}, "Stable Diffusion 3; latentgen"),
+        ({"lacks": UNET, UNET + "double_blocks.0": torch.ones(1)}, "Flux; latentgen draws"),
+        ({"lacks": UNET, UNET + "blocks.0": torch.ones(1)}, "a model of another kind; latentgen"),
+        ({"edm_mean": torch.ones(1, 4, 1, 1)}, "Playground v2.5; latentgen draws with"),
+        ({"edm_vpred.sigma_max": torch.ones(1)}, "CosXL"),
+        ({"lacks": "first_stage"}, "its autoencoder is missing; give a checkpoint of the whole"),
+        ({"lacks": "cond_stage"}, "its text encoder is missing; give a checkpoint of the whole"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_or_of_a_part_is_named(tmp_path, what, told):
+    assert find(write_checkpoint(tmp_path / "x.safetensors")).sees_mask is False
+    assert told in refusal(write_checkpoint(tmp_path / "x.safetensors", **what))
+
+
+def test_a_checkpoint_tells_what_it_predicts(tmp_path):
+    file, v = tmp_path / "x.safetensors", {"prediction_type": "v_prediction"}
+    assert (schedule_of(write_checkpoint(file)), find(file).prediction_type) == ({}, "epsilon")
+    write_checkpoint(file, v_pred=torch.zeros(0), header={"modelspec.prediction_type": "epsilon"})
+    assert schedule_of(file) == v
+    assert find(file).prediction_type == "v_prediction"
+    write_checkpoint(file, v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
+    assert schedule_of(file) == {
+        **v,
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    for told, wanted in (("v", v), ("epsilon", {"prediction_type": "epsilon"}), ("odd", {})):
+        write_checkpoint(file, header={"modelspec.prediction_type": told})
+        assert schedule_of(file) == wanted
+
+
+@pytest.mark.parametrize(
+    ("spread", "more", "size"),
+    [
+        (0.2, {}, 768),
+        (0.02, {}, 512),
+        (0.2, {"inputs": 9}, 512),
+        (0.2, {"header": {"modelspec.prediction_type": "epsilon"}}, 512),
+        (0.02, {"header": {"modelspec.prediction_type": "v"}}, 768),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_stable_diffusion_2_predicts_is_told_by_its_weights(
+    tmp_path, spread, more, size, dtype
+):
+    words = UNET + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    bias = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    tensors = {words: torch.zeros(4, 1024), bias: torch.tensor([-spread, spread], dtype=dtype)}
+    found = find(write_checkpoint(tmp_path / "x.safetensors", **tensors, **more))
+    assert (found.width, found.height) == (size, size)
+    assert found.prediction_type == {768: "v_prediction", 512: "epsilon"}[size]
+
+
+def test_without_weights_to_judge_by_it_predicts_the_noise(tmp_path):
+    words = UNET + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    bias = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    tensors = {words: torch.zeros(4, 1024)}
+    for more in ({}, {bias: torch.ones(2, dtype=torch.bfloat16)}):
+        file = write_checkpoint(tmp_path / "x.safetensors", **tensors, **more)
+        assert (find(file).prediction_type, find(file).width) == ("epsilon", 512)
 
 
 def test_a_hub_id_that_is_not_on_this_machine_is_refused_offline():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from fakes import parts
 from torch import nn
 
@@ -20,6 +21,7 @@ class Tokens(nn.Module):
 
     def forward(self, ids, attention_mask=None):
         assert attention_mask is None
+        self.ids = ids
         return (ids[..., None].float(),)
 
 
@@ -46,6 +48,47 @@ def test_every_chunk_has_its_own_start_and_end():
     (found,) = tokens(letters(100))
     assert found[:77] == [BOS, *ids[:75], EOS]
     assert found[77:] == [BOS, *ids[75:], EOS, *[PAD] * 50]
+
+
+def texts(prompt, words=WORDS):
+    """What its chunks say, without blanks."""
+    encoder = Tokens()
+    encode_prompts([(words, encoder)], [prompt], [])
+    rows = [words.convert_ids_to_tokens(row[1 : row.index(EOS)]) for row in encoder.ids.tolist()]
+    return ["".join(row).replace("</w>", "") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("a" * 55 + ",", "c" * 30),
+        ("a" * 60 + ", " + "b" * 10 + ",", "c d" * 8),
+        ("a" * 74 + ",", "c"),
+        ("a" * 60 + ", " + "b" * 14, ", c"),  # a comma too much
+        ("a" * 54 + ", " + "c" * 20, "c" * 10),  # 21 from the end
+    ],
+)
+def test_a_chunk_ends_at_a_comma_as_in_the_webui(first, second):
+    blank = "" if first[-1] == "c" else " "
+    assert texts(first + blank + second) == [part.replace(" ", "") for part in (first, second)]
+
+
+def test_a_chunk_ends_with_a_word():
+    assert texts("a" * 70 + " house") == ["a" * 70 + "house"]
+    assert texts("a" * 71 + " house (on a:1.2) hill") == ["a" * 71, "houseonahill"]
+
+
+def test_a_textual_inversion_is_whole():
+    words = copy.deepcopy(WORDS)
+    new = ["<x>", *(f"<x>_{i}" for i in range(1, 30))]
+    words.add_tokens(new)
+    whole = "".join(new)
+    assert texts(f"{45 * 'a'} {whole} b", words) == [45 * "a" + whole, "b"]
+    for length in (46, 60, 74, 75):
+        assert texts(f"{length * 'a'} {whole} b", words) == [length * "a", whole + "b"]
+    more = [f"<x>_{i}" for i in range(30, 80)]
+    words.add_tokens(more)
+    assert len(texts("".join([*new, *more]), words)) == 2  # 80 vectors fit into none
 
 
 def test_prompt_and_negative_get_one_length():
@@ -95,6 +138,15 @@ def test_a_longer_prompt_draws_another_picture_than_its_beginning(pipe):
     whole = pipe.generate(letters(75) + " and a house", **options).images
     beginning = pipe.generate(letters(75), **options).images
     assert not torch.equal(whole, beginning)
+
+
+def test_an_encoder_whose_weights_are_offloaded_is_given_tokens_where_it_runs():
+    encoder, cpu = copy.deepcopy(ENCODER), torch.device("cpu")
+    cpu_offload(encoder, cpu)
+    assert encoder.device.type == "meta"
+    found, _ = encode_prompts([(WORDS, encoder)], ["a cat"], [], cpu)
+    expected, _ = encode_prompts([(WORDS, ENCODER)], ["a cat"], [])
+    assert torch.equal(found[0].states, expected[0].states)
 
 
 def test_an_encoder_that_was_trained_with_a_mask_gets_one():
