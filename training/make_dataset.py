@@ -15,10 +15,10 @@ It writes two image folders in the layout of Hugging Face's imagefolder, picture
     data/icons/held_out/   for fine-tuning examples: the style noto-v1, and the subjects of
                            held_out.txt in every style; nothing of it is in train/
 
-and SOURCES.json with versions, checksums and licences, and skipped.txt with what could not be
-drawn. The same packages always give the same files: what is random is drawn from `--seed`, and
-nothing depends on the order of a directory. This script knows icons and their names; it does not
-know models.
+and SOURCES.json with versions, checksums and licences, by which it knows its folders when it makes
+them anew, and skipped.txt with what could not be drawn. The same packages always give the same
+files: what is random is drawn from `--seed`, and nothing depends on the order of a directory. This
+script knows icons and their names; it does not know models.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,6 +305,21 @@ def is_on_background(row: dict) -> bool:
     return Path(row["file_name"]).stem.rsplit("-", 1)[-1] in BACKGROUNDS
 
 
+def claim(output_dir: Path, names: Iterable[str], mark: str, text: str) -> None:
+    """Clear the folders of these names and write the file `mark`, which says whose they are: where
+    it is missing they are somebody's own."""
+    for name in names:
+        if (output_dir / name).exists() and not (output_dir / mark).exists():
+            raise SystemExit(
+                f"{output_dir / name} is not of this script, for there is no {output_dir / mark}; "
+                "name another folder, or move it away"
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / mark).write_text(text)
+    for name in names:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+
+
 def write_rows(file: Path, rows: list[dict]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -340,13 +355,18 @@ def main() -> None:
     drawn: list[Icon] = []
     by_pixels: dict[bytes, dict] = {}
     skipped: list[str] = []
-    for folder in rows:
-        if (args.output_dir / folder).exists() and not (args.output_dir / "SOURCES.json").exists():
-            raise SystemExit(
-                f"{args.output_dir / folder} is not of this script; name another folder"
-            )
-    for folder in rows:
-        shutil.rmtree(args.output_dir / folder, ignore_errors=True)
+    described = [
+        {
+            "package": spec,
+            "licence": licence,
+            "author": author,
+            "sha256": hashlib.sha256(tarball.read_bytes()).hexdigest(),
+        }
+        for (spec, licence, author), tarball in zip(
+            [*ICON_PACKAGES.values(), LABEL_PACKAGE], [*packages.values(), labels], strict=True
+        )
+    ]
+    claim(args.output_dir, rows, "SOURCES.json", json.dumps(described, indent=2) + "\n")
     for style, tarball in packages.items():
         # subjects first: of icons that look the same, the first gives the picture its name
         for icon in sorted(read_icons(tarball, style), key=lambda icon: icon.name not in subjects):
@@ -398,18 +418,6 @@ def main() -> None:
     write_rows(train / "metadata.jsonl", rows["train"] + composed)
     write_rows(args.output_dir / "held_out" / "metadata.jsonl", rows["held_out"])
     (args.output_dir / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
-    described = [
-        {
-            "package": spec,
-            "licence": licence,
-            "author": author,
-            "sha256": hashlib.sha256(tarball.read_bytes()).hexdigest(),
-        }
-        for (spec, licence, author), tarball in zip(
-            [*ICON_PACKAGES.values(), LABEL_PACKAGE], [*packages.values(), labels], strict=True
-        )
-    ]
-    (args.output_dir / "SOURCES.json").write_text(json.dumps(described, indent=2) + "\n")
     print(
         f"{len(rows['train'])} icons and {len(composed)} compositions to train on, "
         f"{len(rows['held_out'])} icons held out, {len(skipped)} skipped, in {args.output_dir}"

@@ -8,8 +8,8 @@
     subject/   8 pictures of a hut, which no model here has seen: in each style that it knows, on
                white and on a background; so the word learns the hut, and not the white
 
-The first two come from the folder of `make_dataset.py`, the last from its packages; the mascot
-needs nothing.
+and EXAMPLES.txt, this text, by which the script knows them when it makes them anew. The first two
+come from the folder of `make_dataset.py`, the last from its packages; the mascot needs nothing.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import shutil
 from pathlib import Path
 
 import resvg_py
-from make_dataset import ICON_PACKAGES, fetch_package, on_background, read_icons
+from make_dataset import ICON_PACKAGES, claim, fetch_package, on_background, read_icons
 from PIL import Image
 
 HERE = Path(__file__).parent
+FOLDERS = ["style", "style_real", "mascot", "subject"]
 STYLE = "noto-v1"
 STYLE_PICTURES = 20
 SUBJECT = "hut"
@@ -107,8 +108,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path("data/icons"))
     parser.add_argument("--output_dir", type=Path, default=Path("data/examples"))
     arguments = parser.parse_args()
-    for name in ("style", "style_real", "mascot", "subject"):
-        shutil.rmtree(arguments.output_dir / name, ignore_errors=True)
+    claim(arguments.output_dir, FOLDERS, "EXAMPLES.txt", __doc__)
     draw_mascot(arguments.output_dir / "mascot")
     held_out = arguments.data_dir / "held_out"
     if held_out.is_dir():

@@ -229,6 +229,11 @@ def one_caption(pictures: list[Picture], batch: Batch) -> list[str]:
     ]
 
 
+def numbered(texts: list[str]) -> dict[str, int]:
+    """Each text once, and its place among them."""
+    return {text: place for place, text in enumerate(dict.fromkeys(texts))}
+
+
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
     """How many pictures find their own text among all; (N, D) each."""
     similarity = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
@@ -260,7 +265,7 @@ def train_clip() -> None:
         model: nn.Module = ImageStudent(clip)
         check_lengths(tokenizer, [*pictures, *unseen])
         captions = sorted({caption for picture in pictures for caption in picture.captions})
-        numbers = {caption: i for i, caption in enumerate([*captions, *names])}
+        numbers = numbered([*captions, *names])
         with torch.no_grad():
             asked = encode(tokenizer, list(numbers)).to(device).split(256)
             texts = torch.cat([clip.text_model(ids).pooler_output for ids in asked])  # (N, D)

@@ -12,7 +12,7 @@ With prior preservation, the model keeps what the class looks like: it draws pic
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from latentgen.training.config import flag, needs, parse_config
+from latentgen.training.config import flag, needs, outside, parse_config
 from latentgen.training.finetune import fine_tune
 from latentgen.training.lesson import Prior
 from latentgen.training.methods import LoraConfigFlags, lora_method, whole_method
@@ -46,6 +46,7 @@ class DreamBoothConfig(LoraConfigFlags):
             )
         names = ["class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"]
         needs(self, names, self.with_prior_preservation, "--with_prior_preservation")
+        outside(self, "class_data_dir", "instance_data_dir")
         if self.num_class_images < 1:
             raise ValueError(f"num_class_images: {self.num_class_images}; use 1 or more")
         names = ["rank", "lora_alpha", "lora_dropout", "target_modules", "lora_layout"]

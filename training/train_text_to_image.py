@@ -41,7 +41,7 @@ from transformers import (
 
 from latentgen.errors import TrainingError
 from latentgen.images import contact_sheet
-from latentgen.pipeline import LatentDiffusion
+from latentgen.pipeline import LatentDiffusion, quietly
 from latentgen.training.config import DataConfig, at_least, flag, needs, parse_config
 from latentgen.training.data import (
     Batch,
@@ -119,7 +119,7 @@ class TextToImageConfig(DataConfig):
             )
         if self.unconditional and parts != (None, None):
             raise ValueError("--unconditional works on pixels, without autoencoder and captions")
-        for folder in parts:
+        for folder in (*parts, self.pretrained_unet_path):
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{folder} is no folder")
         names = ["proportion_empty_prompts", "validation_prompts", "validation_guidance_scale"]
@@ -127,7 +127,6 @@ class TextToImageConfig(DataConfig):
         if self.pretrained_unet_path is not None:
             names = ["block_out_channels", "layers_per_block"]
             needs(self, names, False, "a U-Net that begins from nothing")
-            self._check_prediction(self.pretrained_unet_path.parent / "scheduler")
         if wrong := [width for width in self.block_out_channels if width < 32 or width % 32]:
             raise ValueError(f"block_out_channels: {wrong[0]} is no multiple of 32")
         at_least(self, "layers_per_block", 1)
@@ -151,17 +150,28 @@ class TextToImageConfig(DataConfig):
                 "rescale_betas_zero_snr: pure noise tells nothing about the picture, so epsilon "
                 "cannot be learnt there; use --prediction_type v_prediction or sample"
             )
+        if self.pretrained_unet_path is not None:
+            self._check_schedule(self.pretrained_unet_path.parent / "scheduler")
 
-    def _check_prediction(self, scheduler: Path) -> None:
-        """Compare with what the U-Net has learnt to predict, where its folder's neighbour tells."""
-        file = scheduler / "scheduler_config.json"
-        if not file.is_file():
+    def _check_schedule(self, folder: Path) -> None:
+        """Compare with what the U-Net has learnt, where its folder's neighbour tells it."""
+        if not (folder / "scheduler_config.json").is_file():
             return
-        learnt = json.loads(file.read_text("utf-8")).get("prediction_type", "epsilon")
-        if learnt != self.prediction_type:
+        learnt = quietly(DDPMScheduler.from_pretrained, folder)
+        facts = learnt.config
+        if facts.prediction_type != self.prediction_type:
             raise ValueError(
-                f"prediction_type: the U-Net of pretrained_unet_path predicts {learnt}, not "
-                f"{self.prediction_type}"
+                f"prediction_type: the U-Net of pretrained_unet_path predicts "
+                f"{facts.prediction_type}, not {self.prediction_type}"
+            )
+        now = build_scheduler(self, DDPMScheduler)
+        if not torch.equal(learnt.alphas_cumprod, now.alphas_cumprod):
+            names = ["beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"]
+            told = ", ".join(f"{name} {facts[name]}" for name in names)
+            told = told if facts.trained_betas is None else "betas of its own, as sigmoid has them"
+            raise ValueError(
+                f"beta_schedule: the U-Net of pretrained_unet_path has learnt with {told}; "
+                "train it with the same"
             )
 
 

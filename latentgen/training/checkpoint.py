@@ -184,12 +184,17 @@ def load_checkpoint(
         raise TrainingError(f"{checkpoint} is damaged: {error}") from error
     if damaged:
         raise TrainingError(f"{checkpoint} is damaged: {', '.join(damaged)} changed on the disk")
+    free, why = FREE_TO_CHANGE, ""
+    if config.lr_scheduler != "constant":
+        why = f" ({config.lr_scheduler} reaches zero there: only constant may go on longer)"
+    elif config.max_train_steps >= facts["step"]:
+        free |= {"max_train_steps"}
     now = as_json(config) | {"processes": accelerator.num_processes, "data": data}
     then = facts["config"] | {"processes": facts["processes"], "data": facts["data"]}
     changed = [
-        f"{name} was {then.get(name)}, is {now.get(name)}"
+        f"{name} was {then.get(name)}, is {now.get(name)}{why if name == 'max_train_steps' else ''}"
         for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and name not in FREE_TO_CHANGE
+        if now.get(name) != then.get(name) and name not in free
     ]
     if changed:
         raise TrainingError(

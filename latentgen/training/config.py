@@ -93,6 +93,9 @@ class RunConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0 means no average")
+        for name in vars(self):
+            if name.endswith("_data_dir"):
+                outside(self, "output_dir", name)
 
 
 @dataclass(kw_only=True)
@@ -126,6 +129,7 @@ FREE_TO_CHANGE = frozenset(
         "expect_data",
         "expect_model",
         "expect_processes",
+        "gradient_checkpointing",  # the same numbers in less memory
         "validation_prompts",
         "output_name",
         "lora_layout",
@@ -280,6 +284,15 @@ def needs(config: RunConfig, names: list[str], condition: bool, what: str) -> No
     for name in names:
         if getattr(config, name) != defaults[name]:
             raise ValueError(f"{name} has no effect without {what}")
+
+
+def outside(config: RunConfig, written: str, read: str) -> None:
+    """Refuse a folder whose pictures the next run would take for those of another."""
+    inner, outer = getattr(config, written), getattr(config, read)
+    if None not in (inner, outer) and inner.resolve().is_relative_to(outer.resolve()):
+        raise ValueError(
+            f"{written}: {inner} is in {read}, whose pictures are read; name a folder outside of it"
+        )
 
 
 def at_least(config: RunConfig, name: str, least: int) -> None:

@@ -128,10 +128,14 @@ class Batch:
     two micro-batches, draw what one process with twice the batch draws.
     """
 
-    def __init__(self, seed: int, step: int, rows: Tensor, places: slice) -> None:
-        """`rows`: those of the step's whole batch, (total,), of which `places` are this share."""
+    def __init__(
+        self, seed: int, step: int, rows: Tensor, places: slice, of_class: Tensor | None = None
+    ) -> None:
+        """`rows`: those of the step's whole batch, (total,), of which `places` are this share;
+        `of_class`: and as many of the class, if there is one."""
         self.step = step
         self.rows = rows[places]  # (B,)
+        self.of_class = None if of_class is None else of_class[places]  # (B,)
         self._seed = seed
         self._places = places
         self._total = len(rows)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ from latentgen.training.lesson import (
     find_model,
     fitted_mask,
     read_pictures,
+    rows_by_bucket,
 )
 from latentgen.training.objective import diffusion_loss, noisy_latents, prediction_target
 from latentgen.training.pictures import Picture, read_folder
 from latentgen.training.preflight import (
     bytes_each,
     duration,
+    encoding_flops,
     expected_speed,
     forecast,
     memory_in_use,
@@ -110,7 +113,7 @@ def fine_tune(
     if config.enable_xformers_memory_efficient_attention:
         _check_xformers()
     tokenizer = load_tokenizer(found)
-    empty, others = _without_memory(config, method, found, tokenizer)
+    empty, others, encoding = _without_memory(config, method, found, tokenizer)
     pictures = [one if one.is_reg else prepare(one) for one in read_pictures(config)]
     unseen = None
     if config.validation_data_dir is not None:
@@ -122,7 +125,7 @@ def fine_tune(
         lesson.add_class(drawn)
     count_steps(config, lesson)
     say(lesson.describe())
-    say(_cost(config, empty, others, lesson, found, prior))
+    say(_cost(config, empty, others, encoding, lesson, found, prior))
     if config.dry_run:
         return
 
@@ -139,8 +142,9 @@ def fine_tune(
         accelerator.wait_for_everyone()
         draw_class(pipe, prior, missing[accelerator.process_index :: accelerator.num_processes])
         accelerator.wait_for_everyone()
-        lesson = Lesson(config, found, tokenizer, pictures, unseen)
-        lesson.add_class(prior.pictures())
+        if missing:
+            lesson = Lesson(config, found, tokenizer, pictures, unseen)
+            lesson.add_class(prior.pictures())
         _expect("the pictures", config.expect_data, lesson.fingerprint)
     denoiser = _adapted(method, pipe.unet, pipe.text_encoder, pipe.tokenizer)
     if config.gradient_checkpointing and denoiser.text_encoder is not None:
@@ -167,6 +171,7 @@ def fine_tune(
         task.validate,
         groups=lesson.groups(),
         classes=lesson.classes,
+        class_groups=lesson.class_groups(),
         rate_of=method.rate_of,
         export=export,
     )
@@ -189,6 +194,17 @@ def draw_class(pipe: LatentDiffusion, prior: Prior, files: list[Path]) -> None:
         partial = file.with_suffix(".partial")
         pipe.generate(prior.prompt, seed=int(file.stem)).image.save(partial, "PNG")
         partial.replace(file)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Pictures of one size: what the denoiser sees, what it should predict at these noise levels
+    (B,), and how much each place counts."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    target: Tensor
+    alphas: Tensor
+    mask: Tensor | None
 
 
 class Task:
@@ -217,25 +233,16 @@ class Task:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over instances, and the weighted mean over pictures of the class."""
-        config, lesson = self.config, self.lesson
-        x_0, mask, bucket = self.latents.draw(batch)
-        words = self.words.draw(batch, config.proportion_empty_prompts)
-        noise, timesteps = self._noise(batch, x_0), batch.timesteps(len(self.alphas_cumprod))
-        if not lesson.classes:
-            return self._error(model, x_0, noise, timesteps, words, mask)
-        count = len(x_0)
-        rows = batch.rows_of(len(lesson.classes), count)
-        of_class = self.latents.of_class[bucket][rows]
-        first_class = len(lesson.instances) + len(lesson.unseen)
-        return self._error(
-            model,
-            torch.cat([x_0, of_class]),
-            torch.cat([noise, self._noise(batch, x_0)]),
-            torch.cat([timesteps, batch.timesteps(len(self.alphas_cumprod))]),
-            torch.cat([words, self.words.first(first_class + rows)]),
-            None if mask is None else torch.cat([mask, torch.ones_like(mask)]),
-            prior=count,
-        )
+        x_0, mask = self.latents.draw(batch)
+        words = self.words.draw(batch, self.config.proportion_empty_prompts)
+        own = self._noised(batch, x_0, words, mask)
+        if batch.of_class is None:
+            return self._errors(model, own)[0]
+        first_class = len(self.lesson.instances) + len(self.lesson.unseen)
+        words = self.words.first(first_class + batch.of_class)
+        others = self._noised(batch, self.latents.of_class(batch.of_class), words)
+        instance, of_class = self._errors(model, own, others)
+        return instance + self.config.prior_loss_weight * of_class
 
     def validate(self, model: nn.Module) -> tuple[dict[str, float], Image.Image | None]:
         """The loss at fixed noise and timesteps, and pictures of the same prompts and seeds."""
@@ -246,8 +253,9 @@ class Task:
             for fraction in FRACTIONS:
                 timesteps = torch.full((len(rows),), int(fraction * len(self.alphas_cumprod)))
                 noise = torch.randn(x_0.shape, generator=generator)
+                example = self._example(x_0, noise, timesteps, words)
                 with self.accelerator.autocast():
-                    error = self._error(model, x_0, noise, timesteps, words, None)
+                    (error,) = self._errors(model, example)
                 total += error.item() * len(rows)
             pictures += len(rows)
         name = "held_out_loss" if self.lesson.unseen else "fixed_noise_loss"
@@ -272,41 +280,43 @@ class Task:
         for model in self._idle:
             model.to(device)
 
-    def _error(
+    def _noised(
+        self, batch: Batch, x_0: Tensor, words: Tensor, mask: Tensor | None = None
+    ) -> Example:
+        noise = batch.normal(*x_0.shape[1:])
+        if self.config.noise_offset:
+            noise = noise + self.config.noise_offset * batch.normal(x_0.shape[1], 1, 1)
+        return self._example(x_0, noise, batch.timesteps(len(self.alphas_cumprod)), words, mask)
+
+    def _example(
         self,
-        model: nn.Module,
         x_0: Tensor,
         noise: Tensor,
         timesteps: Tensor,
         words: Tensor,
-        mask: Tensor | None,
-        prior: int | None = None,
-    ) -> Tensor:
-        """`prior`: from this row on, the pictures show the class."""
+        mask: Tensor | None = None,
+    ) -> Example:
         alphas = self.alphas_cumprod[timesteps].to(self.device)
         x_0, noise = x_0.to(self.device), noise.to(self.device)
         target = prediction_target(x_0, noise, alphas, self.prediction_type)
         noisy = noisy_latents(x_0, noise, alphas).to(self.dtype)
         words = words.to(self.device)
         words = words if words.dtype == torch.long else words.to(self.dtype)
-        prediction = model(noisy, timesteps.to(self.device), words)
         mask = None if mask is None else mask.to(self.device)
-        arguments = (self.prediction_type, self.config.snr_gamma or None, self.config.loss)
-        if prior is None:
-            return diffusion_loss(prediction, target, alphas, *arguments, mask=mask)
-        own, others = slice(None, prior), slice(prior, None)
-        instance_mask = None if mask is None else mask[own]
-        instance = diffusion_loss(
-            prediction[own], target[own], alphas[own], *arguments, mask=instance_mask
-        )
-        of_class = diffusion_loss(prediction[others], target[others], alphas[others], *arguments)
-        return instance + self.config.prior_loss_weight * of_class
+        return Example((noisy, timesteps.to(self.device), words), target, alphas, mask)
 
-    def _noise(self, batch: Batch, like: Tensor) -> Tensor:
-        noise = batch.normal(*like.shape[1:])
-        if self.config.noise_offset:
-            noise = noise + self.config.noise_offset * batch.normal(like.shape[1], 1, 1)
-        return noise
+    def _errors(self, model: nn.Module, *examples: Example) -> list[Tensor]:
+        """The loss of each; where they are of one size, the model sees them at once."""
+        inputs = [one.inputs for one in examples]
+        if len({noisy.shape for noisy, *_ in inputs}) == 1:
+            predictions = model(*map(torch.cat, zip(*inputs, strict=True))).chunk(len(inputs))
+        else:
+            predictions = [model(*one) for one in inputs]
+        arguments = (self.prediction_type, self.config.snr_gamma or None, self.config.loss)
+        return [
+            diffusion_loss(prediction, one.target, one.alphas, *arguments, mask=one.mask)
+            for prediction, one in zip(predictions, examples, strict=True)
+        ]
 
     def _captions(self, text_encoder_learns: bool) -> Captions:
         pictures = [*self.lesson.instances, *self.lesson.unseen, *self.lesson.classes]
@@ -317,18 +327,18 @@ class Task:
 
 
 class Latents:
-    """All pictures as latents, by bucket."""
+    """All pictures as latents, each in its bucket."""
 
     def __init__(self, lesson: Lesson, encoders: Encoders, output_dir: Path) -> None:
         self._lesson, self._encoders, self._output_dir = lesson, encoders, output_dir
         self._plain: dict[Size, Tensor] = {}  # (n, C, h, w)
         self._mirrored: dict[Size, Tensor] = {}
         self._masks: dict[Size, Tensor] = {}  # (n, 1, h, w)
-        self.of_class: dict[Size, Tensor] = {}
+        self._classes: dict[Size, Tensor] = {}
         self._place = torch.zeros(len(lesson.instances), dtype=torch.long)  # inside its bucket
+        self._class_place = torch.zeros(len(lesson.classes), dtype=torch.long)
         self._flips = torch.tensor([picture.random_flip for picture in lesson.instances])
-        for size in sorted(set(lesson.buckets)):
-            rows = [row for row, bucket in enumerate(lesson.buckets) if bucket == size]
+        for size, rows in rows_by_bucket(lesson.buckets).items():
             pictures = [lesson.instances[row] for row in rows]
             self._place[rows] = torch.arange(len(rows))
             self._plain[size] = self._encode(pictures, size)
@@ -336,13 +346,13 @@ class Latents:
                 self._mirrored[size] = self._encode(pictures, size, mirror=True)
             if any(picture.mask is not None for picture in pictures):
                 self._masks[size] = self._read_masks(pictures, size)
-            if lesson.classes:
-                self.of_class[size] = self._encode(lesson.classes, size)
+        for size, rows in rows_by_bucket(lesson.class_buckets).items():
+            self._class_place[rows] = torch.arange(len(rows))
+            self._classes[size] = self._encode([lesson.classes[row] for row in rows], size)
         self.measured = self._choose_measured()
 
-    def draw(self, batch: Batch) -> tuple[Tensor, Tensor | None, Size]:
-        """The batch's latents (B, C, h, w), its masks (B, 1, h, w) if there are any, and its
-        bucket."""
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The batch's latents (B, C, h, w), and its masks (B, 1, h, w) if there are any."""
         size = self._lesson.buckets[int(batch.rows[0])]
         place = self._place[batch.rows]
         latents, masks = self._plain[size][place], self._masks.get(size)
@@ -352,7 +362,11 @@ class Latents:
             column = mirror.reshape(-1, 1, 1, 1)
             latents = torch.where(column, self._mirrored[size][place], latents)
             mask = None if mask is None else torch.where(column, mask.flip(-1), mask)
-        return latents, mask, size
+        return latents, mask
+
+    def of_class(self, rows: Tensor) -> Tensor:
+        """Pictures of the class, all of one bucket: (B, C, h, w)."""
+        return self._classes[self._lesson.class_buckets[int(rows[0])]][self._class_place[rows]]
 
     def _choose_measured(self) -> list[tuple[Tensor, Tensor]]:
         """Rows of captions, and latents: of the pictures held out, or else of those trained on, by
@@ -385,15 +399,16 @@ class Latents:
         for picture in pictures:
             image = fitted_mask(picture, size)
             values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            masks.append(values.reshape(1, *size).float() / 255)
-        return F.avg_pool2d(torch.stack(masks), size[0] // self._plain[size].shape[-2])
+            values = values.reshape(1, *size).float() / 255
+            masks.append(F.avg_pool2d(values, size[0] // self._plain[size].shape[-2]))
+        return torch.stack(masks)
 
 
 def _without_memory(
     config: FineTuneConfig, method: Method, found: Model, tokenizer: CLIPTokenizer
-) -> tuple[Denoiser, int]:
-    """The model as it will train, made of nothing but shapes; and how many numbers the parts have
-    that only encode and decode."""
+) -> tuple[Denoiser, int, float]:
+    """The model as it will train, made of nothing but shapes; how many numbers the parts have
+    that only encode and decode; and the arithmetic of encoding a picture, for each pixel."""
     vae_config = read_json(_folder(found) / "vae" / "config.json")
     with torch.device("meta"):
         vae = quietly(getattr(diffusers, vae_config["_class_name"]).from_config, vae_config)
@@ -403,22 +418,27 @@ def _without_memory(
             unet.enable_gradient_checkpointing()
         denoiser = _adapted(method, unet, text, tokenizer)
     others = [vae] if denoiser.text_encoder is not None else [vae, text]
-    return denoiser, sum(p.numel() for model in others for p in model.parameters())
+    numbers = sum(p.numel() for model in others for p in model.parameters())
+    return denoiser, numbers, encoding_flops(vae.encode, found.height) / found.height**2
 
 
 def _cost(
     config: FineTuneConfig,
     empty: Denoiser,
     others: int,
+    encoding: float,
     lesson: Lesson,
     found: Model,
     prior: Prior | None,
 ) -> str:
-    """What the run will take. `others`: numbers of the model beside those in `empty`."""
+    """What the run will take. `others`: numbers of the model beside those in `empty`; `encoding`:
+    see `_without_memory`."""
     device, dtype = device_of_run(), _dtype(precision(config))
-    height, width = max(lesson.buckets, key=lambda size: size[0] * size[1])
+    missing = [] if prior is None else prior.missing()
+    classes = lesson.class_buckets + [lesson.bucket((found.width, found.height))] * len(missing)
+    height, width = max(lesson.buckets + classes, key=prod)
     factor = found.vae_scale_factor
-    rows = config.train_batch_size * (2 if lesson.classes or prior is not None else 1)
+    rows = config.train_batch_size * (2 if classes else 1)
     unet = found.unet_config()
     with torch.device("meta"):
         noisy = torch.zeros(rows, unet["in_channels"], height // factor, width // factor)
@@ -429,21 +449,27 @@ def _cost(
     if device.type == "cpu":  # elsewhere, what only encodes leaves the device's memory
         memory += others * dtype.itemsize + memory_in_use()
     steps, batch = config.max_train_steps, _pictures_a_step(config)
+    shown = f"{batch} pictures and {batch} of the class" if classes else f"{batch} pictures"
     speed = expected_speed(device, dtype)
     seconds = steps * config.gradient_accumulation_steps * told.flops / speed
     drawn = []
-    if prior is not None and (missing := len(prior.missing())):
+    if prior is not None and missing:
         passes = found.num_inference_steps * (2 if found.guidance_scale > 1 else 1)
-        drawing = missing * passes * told.forward_flops / rows / speed / _processes()
+        drawing = len(missing) * passes * told.forward_flops / rows / speed / _processes()
         drawn = [
-            f"{missing} pictures of {prior.prompt!r} will be drawn first, in about "
+            f"{len(missing)} pictures of {prior.prompt!r} will be drawn first, in about "
             f"{duration(drawing)}"
         ]
+    pairs = zip(lesson.instances, lesson.buckets, strict=True)
+    mirrored = [size for picture, size in pairs if picture.random_flip]
+    encoded = [*lesson.buckets, *mirrored, *lesson.unseen_buckets, *classes]
+    before = encoding * sum(map(prod, encoded)) / expected_speed(device, torch.float32)
     return "\n".join(
         [
             *drawn,
+            f"{len(encoded)} pictures will be encoded, in about {duration(before)}",
             f"{told.trained:,} of {told.weights:,} weights learn",
-            f"{steps} steps of {batch} pictures are {steps * batch / lesson.epoch():.1f} epochs; "
+            f"{steps} steps of {shown} are {steps * batch / lesson.epoch():.1f} epochs; "
             f"about {duration(seconds)} and {memory / 1e9:.1f} GB on this {device.type}",
         ]
     )

@@ -285,12 +285,13 @@ class Lesson:
             self.warnings.append(held_out.warnings)
             self.fingerprint += f" {held_out.fingerprint}"
         self.instances, self.unseen = instances.pictures, held_out.pictures
-        self.buckets = [self._bucket(size) for size in instances.sizes]
-        self.unseen_buckets = [self._bucket(size) for size in held_out.sizes]
+        self.buckets = [self.bucket(size) for size in instances.sizes]
+        self.unseen_buckets = [self.bucket(size) for size in held_out.sizes]
         for picture, size in zip(self.instances, self.buckets, strict=True):
             if picture.mask is not None and fitted_mask(picture, size).getextrema() == (0, 0):
                 raise DataError(f"{picture.mask}: nothing of its white is left in the bucket")
         self.classes: list[Picture] = []
+        self.class_buckets: list[Size] = []
         if of_class := [picture for picture in pictures if picture.is_reg]:
             self.add_class(of_class)
 
@@ -299,7 +300,8 @@ class Lesson:
         checked = self._check(pictures, at_least=1)
         self.warnings.append(checked.warnings)
         self.fingerprint += f" {checked.fingerprint}"
-        self.classes += [picture for picture in checked.pictures for _ in range(picture.repeats)]
+        self.classes += checked.pictures
+        self.class_buckets += [self.bucket(size) for size in checked.sizes]
 
     def _choose_sizes(self, config: FineTuneConfig, found: Model) -> None:
         """The buckets there may be."""
@@ -330,18 +332,16 @@ class Lesson:
 
     def _too_small(self, size: tuple[int, int]) -> bool:
         """Whether a picture (width, height) would be enlarged more than twice."""
-        height, width = self._bucket(size)
+        height, width = self.bucket(size)
         return max(width / size[0], height / size[1]) > 2
 
     def groups(self) -> list[Tensor]:
         """The rows of each bucket, a picture as often as it is repeated."""
-        rows = torch.arange(len(self.instances))
-        repeats = torch.tensor([picture.repeats for picture in self.instances])
-        return [
-            rows[inside].repeat_interleave(repeats[inside])
-            for size in sorted(set(self.buckets))
-            for inside in [torch.tensor([bucket == size for bucket in self.buckets])]
-        ]
+        return _groups(self.instances, self.buckets)
+
+    def class_groups(self) -> list[Tensor]:
+        """The same of the pictures of the class."""
+        return _groups(self.classes, self.class_buckets)
 
     def describe(self) -> str:
         """What is there, and what is wrong with it but allowed."""
@@ -359,10 +359,15 @@ class Lesson:
             if self.unseen
             else "none held out: the loss at fixed noise is that of pictures it trains on",
         ]
-        repeats = [picture.repeats for picture in self.instances]
         example = f"first caption: {captions[0]!r}"
         warnings = [warning for warning in self.warnings if warning]
-        return "\n".join([*warnings, *facts, example, bucket_table(self.buckets, repeats)])
+        parts = [("bucket", self.instances, self.buckets)]
+        parts += [("the class", self.classes, self.class_buckets)] if self.classes else []
+        tables = [
+            bucket_table(title, buckets, [picture.repeats for picture in pictures])
+            for title, pictures, buckets in parts
+        ]
+        return "\n".join([*warnings, *facts, example, *tables])
 
     def shared_phrase(self) -> str | None:
         """The words with which all captions end or begin, up to a comma: what calls a style."""
@@ -384,7 +389,7 @@ class Lesson:
         """Pictures in an epoch."""
         return sum(picture.repeats for picture in self.instances)
 
-    def _bucket(self, size: tuple[int, int]) -> Size:
+    def bucket(self, size: tuple[int, int]) -> Size:
         """Of a picture (width, height)."""
         if not self._config.enable_bucket:
             return self.square
@@ -396,6 +401,22 @@ def fitted_mask(picture: Picture, size: Size) -> Image.Image:
     if picture.mask is None:
         return Image.new("L", size[::-1], 255)
     return ImageOps.fit(load_loss_mask(picture.mask), size[::-1], Image.Resampling.LANCZOS)
+
+
+def rows_by_bucket(buckets: list[Size]) -> dict[Size, list[int]]:
+    """The rows of each bucket, smallest first."""
+    return {
+        size: [row for row, bucket in enumerate(buckets) if bucket == size]
+        for size in sorted(set(buckets))
+    }
+
+
+def _groups(pictures: list[Picture], buckets: list[Size]) -> list[Tensor]:
+    repeats = torch.tensor([picture.repeats for picture in pictures])
+    return [
+        torch.tensor(rows).repeat_interleave(repeats[rows])
+        for rows in rows_by_bucket(buckets).values()
+    ]
 
 
 def _common_beginning(rows: list[list[str]]) -> list[str]:

@@ -85,11 +85,12 @@ def train(
     pictures: list[Picture],
     groups: list[Tensor] | None = None,
     classes: Sequence[Picture] = (),
+    class_groups: list[Tensor] | None = None,
 ) -> Iterator[StepReport]:
     """Run the remaining steps, one a `next`. `loss_function(model, batch)` is the batch's mean.
 
     `groups`: rows that may share a batch (see `data.Order`); default: all may. `classes`: pictures
-    of which each batch sees as many as of `pictures` (see `Batch.rows_of`).
+    of which each batch sees as many as of `pictures`, by groups of their own.
 
     Raises TrainingError with the step's number and the files that any process saw when the loss or
     the gradient is not finite, before the weights are touched.
@@ -100,15 +101,19 @@ def train(
     share = config.train_batch_size
     total = share * micro_batches * accelerator.num_processes
     order = Order(config.seed, groups or [torch.arange(len(pictures))], total)
+    class_order = Order(config.seed, class_groups or [torch.arange(len(classes))], total)
     skipped = 0
+
+    def batch_of(places: slice) -> Batch:
+        of_class = class_order.rows(state.step) if classes else None
+        return Batch(config.seed, state.step, order.rows(state.step), places, of_class)
 
     def not_finite(what: str, value: Tensor, first: int = 0, count: int = total) -> TrainingError:
         """`count` rows of the step's whole batch, from the `first` on, are what it comes from."""
-        places = slice(first, first + count)
-        batch = Batch(config.seed, state.step, order.rows(state.step), places)
+        batch = batch_of(slice(first, first + count))
         shown = [pictures[row] for row in batch.rows.tolist()]
-        if classes:
-            shown += [classes[row] for row in batch.rows_of(len(classes), count).tolist()]
+        if batch.of_class is not None:
+            shown += [classes[row] for row in batch.of_class.tolist()]
         files = "\n  ".join(str(picture.file) for picture in shown)
         return TrainingError(
             f"the {what} of step {state.step + 1} is {value.item()}; no weights were changed by "
@@ -128,8 +133,7 @@ def train(
         mean = torch.zeros((), device=accelerator.device)
         for micro_batch in range(micro_batches):
             start = (micro_batch * accelerator.num_processes + accelerator.process_index) * share
-            places = slice(start, start + share)
-            batch = Batch(config.seed, state.step, order.rows(state.step), places)
+            batch = batch_of(slice(start, start + share))
             # dropout draws from torch's own generator: it, too, must be a function of the step
             torch.manual_seed(step_generator(config.seed, state.step, start + 2).initial_seed())
             with accelerator.accumulate(model):

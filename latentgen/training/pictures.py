@@ -53,8 +53,9 @@ class Picture:
 @dataclass(frozen=True)
 class Checked:
     """The pictures that can be trained on, in their order, and the size of each as (width,
-    height); `fingerprint`: SHA-256 over pixels, captions and masks; `warnings`: what was wrong and
-    allowed."""
+    height); `fingerprint`: SHA-256 over the pixels of each in that order, its captions where they
+    are read, its mask, and how it is used (repeats, flips, class), but not over where it lies;
+    `warnings`: what was wrong and allowed."""
 
     pictures: list[Picture]
     sizes: list[tuple[int, int]]

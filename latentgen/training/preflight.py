@@ -6,7 +6,9 @@ be counted, one step of it run on nothing, and the arithmetic and the memory of 
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -62,6 +64,13 @@ def forecast(
     return Forecast(weights, trained, forward, passes * forward, memory)
 
 
+def encoding_flops(encode: Callable[[torch.Tensor], Any], side: int) -> float:
+    """Of one square picture, by an autoencoder on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encode(torch.zeros(1, 3, side, side, device="meta"))
+    return counter.get_total_flops()
+
+
 def bytes_each(config: RunConfig) -> int:
     """What a weight that learns takes, in float32: itself and its gradient, AdamW's two moments,
     and where there is an average, that and a copy of the weight while the average is measured."""
@@ -113,12 +122,12 @@ def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def bucket_table(sizes: list[tuple[int, int]], repeats: list[int]) -> str:
+def bucket_table(title: str, sizes: list[tuple[int, int]], repeats: list[int]) -> str:
     """One line a bucket: its size, its pictures, and how many of them an epoch shows."""
     pictures, shown = Counter(sizes), Counter[tuple[int, int]]()
     for size, count in zip(sizes, repeats, strict=True):
         shown[size] += count
-    lines = [f"{'bucket':>11}  pictures  an epoch"]
+    lines = [f"{title:>11}  pictures  an epoch"]
     for (height, width), count in sorted(pictures.items()):
         lines.append(f"{width:>5} x {height:<4}{count:>9}{shown[height, width]:>10}")
     return "\n".join(lines)

@@ -137,6 +137,7 @@ def run(
     *,
     groups: list[Tensor] | None = None,
     classes: Sequence[Picture] = (),
+    class_groups: list[Tensor] | None = None,
     rate_of: Callable[[str], float] = lambda name: 1.0,
     export: Export | None = None,
 ) -> None:
@@ -145,7 +146,7 @@ def run(
     `pictures` are those that the batches' rows name, `data` is their fingerprint, and
     `validate(model)` measures the averaged weights, before the first step and at intervals: numbers
     for the log and, if it has one, a picture. The checkpoint with the lowest `held_out_loss` is
-    kept as `checkpoint-best-<step>`. `groups`, `classes` and `rate_of`: see `loop`;
+    kept as `checkpoint-best-<step>`. `groups`, `classes`, `class_groups` and `rate_of`: see `loop`;
     `export(folder, step)` writes the result so far into each checkpoint.
 
     Raises TrainingError (see `loop.train`, `checkpoint.load_checkpoint`), and SystemExit once a
@@ -187,7 +188,9 @@ def run(
     with stop_requests() as requested, bar:
         if accelerator.is_main_process:
             accelerator.log(measure(), step=state.step)
-        steps = train(state, loss_function, config, accelerator, pictures, groups, classes)
+        steps = train(
+            state, loss_function, config, accelerator, pictures, groups, classes, class_groups
+        )
         for report in steps:
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)

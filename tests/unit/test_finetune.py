@@ -511,9 +511,11 @@ class Stub(torch.nn.Module):
         return noisy / 2 + words.float().mean((1, 2)).reshape(-1, 1, 1, 1)
 
 
-def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
-    """Instances with a mask, pictures of the class, min-SNR, noise offset: all from their parts."""
-    draw_pictures(tmp_path / "class", 3, size=(40, 40))
+@pytest.mark.parametrize(("size", "bucket"), [((40, 40), (32, 32)), ((64, 32), (16, 48))])
+def test_the_loss_of_a_batch_by_hand(size, bucket, folder, model, tmp_path, monkeypatch):
+    """Instances with a mask, pictures of the class (in their bucket or another), min-SNR, noise
+    offset: all from their parts."""
+    draw_pictures(tmp_path / "class", 3, size)
     (tmp_path / "masks").mkdir()
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (16, 0, 32, 32))
@@ -521,7 +523,8 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
         mask.save(tmp_path / "masks" / f"{colour}.png")
     file = tmp_path / "set.toml"
     file.write_text(
-        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\ncaption_extension = '.txt'\n"
+        "[[datasets]]\nenable_bucket = true\n"
+        "[[datasets.subsets]]\nimage_dir = 'pictures'\ncaption_extension = '.txt'\n"
         "conditioning_data_dir = 'masks'\n"
         "[[datasets.subsets]]\nimage_dir = 'class'\ncaption_extension = '.txt'\nis_reg = true\n"
     )
@@ -534,24 +537,24 @@ def test_the_loss_of_a_batch_by_hand(folder, model, tmp_path, monkeypatch):
     flags = {"prior_loss_weight": 0.3, "snr_gamma": 0.1, "noise_offset": 0.1}
     train_lora(model, None, tmp_path / "out", dataset_config=file, **flags)
     task, loss = kept["task"], kept["loss"]
-    rows = torch.tensor([4, 1])
-    found = loss(Stub(), Batch(0, 9, rows, slice(0, 2)))
+    rows, class_rows = torch.tensor([4, 1]), torch.tensor([2, 0])
+    found = loss(Stub(), Batch(0, 9, rows, slice(0, 2), class_rows))
 
-    batch = Batch(0, 9, rows, slice(0, 2))
-    x_0, latent_mask, size = task.latents.draw(batch)
-    assert size == (32, 32)
+    batch = Batch(0, 9, rows, slice(0, 2), class_rows)
+    x_0, latent_mask = task.latents.draw(batch)
+    assert x_0.shape == (2, 4, 4, 4)
     assert latent_mask[0, 0].tolist() == [[0, 0, 1, 1]] * 4
     batch.uniform(), batch.uniform()  # which caption, and whether it is dropped
     pictures = task.lesson.instances
     own_words = task.encoders.states([pictures[row].captions[0] for row in (4, 1)])
     noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
     timesteps = batch.timesteps(1000)
-    class_rows = batch.rows_of(3, 2)
-    of_class = task.latents.of_class[size][class_rows]
-    shown = [task.lesson.classes[row].captions[0] for row in class_rows]
+    shown = [task.lesson.classes[row] for row in class_rows]
+    of_class = task.encoders.latents(torch.cat(list(pixel_batches(shown, bucket))))
+    shown = [picture.captions[0] for picture in shown]
     assert len(set(shown)) == 2
     class_words = task.encoders.states(shown)
-    class_noise = batch.normal(4, 4, 4) + 0.1 * batch.normal(4, 1, 1)
+    class_noise = batch.normal(*of_class.shape[1:]) + 0.1 * batch.normal(4, 1, 1)
     class_timesteps = batch.timesteps(1000)
 
     def expected(x, eps, t, words, weight):
@@ -890,6 +893,16 @@ def test_a_run_killed_at_any_micro_batch_ends_in_the_same_weights(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_gradient_checkpointing_may_change_and_the_steps_may_rise(folder, model, tmp_path):
+    flags = {"lora_dropout": 0.2, "train_text_encoder": True}
+    whole = load_file(train_lora(model, folder, tmp_path / "whole" / "run", **flags))
+    output = tmp_path / "parts" / "run"
+    train_lora(model, folder, output, max_train_steps=2, **flags)
+    flags |= {"gradient_checkpointing": True, "resume_from_checkpoint": "latest"}
+    train_lora(model, folder, output, max_train_steps=4, **flags)
+    assert all(torch.equal(value, whole[name]) for name, value in tensors(output).items())
+
+
 def test_the_best_checkpoint_stays(folder, model, tmp_path, monkeypatch):
     losses = iter([5.0, 3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(
@@ -1022,17 +1035,66 @@ def test_pictures_are_mirrored_with_their_masks_and_repeated(folder, model, tmp_
     )
     found = set()
     for step in range(20):
-        drawn, masks, size = latents.draw(Batch(0, step, torch.tensor([1, 2]), slice(0, 2)))
-        assert size == (32, 32)
+        drawn, masks = latents.draw(Batch(0, step, torch.tensor([1, 2]), slice(0, 2)))
         assert torch.equal(masks[1], torch.ones(1, 4, 4))
         flipped = torch.allclose(drawn[:1], mirrored, atol=1e-5)
         assert flipped != torch.allclose(drawn[:1], plain, atol=1e-5)
         assert masks[0, 0, 0].tolist() == ([1, 1, 0, 0] if flipped else [0, 0, 1, 1])
         found.add(flipped)
     assert found == {True, False}
-    _, masks, size = latents.draw(Batch(0, 0, torch.tensor([0]), slice(0, 1)))
-    assert size == (48, 16)
+    drawn, masks = latents.draw(Batch(0, 0, torch.tensor([0]), slice(0, 1)))
+    assert drawn.shape == (1, 4, 6, 2)
     assert masks.shape == (1, 1, 6, 2)
+
+
+def test_a_picture_of_the_class_is_encoded_once_whole(folder, model, tmp_path, capsys, monkeypatch):
+    """However many buckets the instances have and however often it is repeated; the dry run counts
+    it, also where it is still to be drawn."""
+    Image.new("RGB", (64, 32), "red").save(folder / "red.png")
+    draw_pictures(tmp_path / "class", 2, size=(32, 64))
+    subset = "[[datasets.subsets]]\ncaption_extension = '.txt'\nimage_dir = "
+    (tmp_path / "set.toml").write_text(
+        f"[[datasets]]\nenable_bucket = true\n{subset}'pictures'\n"
+        f"{subset}'class'\nis_reg = true\nnum_repeats = 5\n"
+    )
+    flags = {"dataset_config": tmp_path / "set.toml", "max_train_steps": 1}
+    train_lora(model, None, tmp_path / "dry", dry_run=True, **flags)
+    told = capsys.readouterr().out
+    assert "2 pictures of the class" in told
+    assert "the class  pictures  an epoch\n   16 x 48          2        10\n" in told
+    assert "8 pictures will be encoded, in about" in told
+    assert "1 steps of 2 pictures and 2 of the class are" in told
+    encoded = []
+    real = Encoders.latents
+
+    def latents(encoders, pixels):
+        encoded.append(len(pixels))
+        return real(encoders, pixels)
+
+    monkeypatch.setattr(Encoders, "latents", latents)
+    monkeypatch.setattr(finetune, "MEASURED", 1)
+    train_lora(model, None, tmp_path / "out", **flags)
+    assert sum(encoded) == 6 + 1 + 2
+    prior = {"with_prior_preservation": True, "class_prompt": "dot", "num_class_images": 4}
+    prior |= {"class_data_dir": tmp_path / "drawn", "dry_run": True}
+    dreambooth(model, folder, tmp_path / "dry", **prior)
+    told = capsys.readouterr().out
+    assert "10 pictures will be encoded, in about" in told
+    assert "2 steps of 2 pictures and 2 of the class are" in told
+
+
+def test_what_a_run_writes_is_never_read_as_its_pictures(folder, model, tmp_path, capsys):
+    for output in (folder, folder / "runs" / "one"):
+        with pytest.raises(SystemExit):
+            train_lora(model, folder, output, dry_run=True)
+        assert "is in train_data_dir, whose pictures are read" in capsys.readouterr().err
+    prior = {"with_prior_preservation": True, "class_prompt": "dot"}
+    with pytest.raises(SystemExit):
+        dreambooth(model, folder, tmp_path / "out", class_data_dir=folder / "class", **prior)
+    assert "class_data_dir: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start("train_vae", train_data_dir=folder, output_dir=folder / "vae")
+    assert "is in train_data_dir, whose pictures are read" in capsys.readouterr().err
 
 
 def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
@@ -1074,6 +1136,16 @@ def test_settings_without_effect_are_refused(folder, model, tmp_path, capsys):
             "train_text_to_image",
             {"pretrained_unet_path": BUNDLED / "unet", "prediction_type": "epsilon"},
             "predicts v_prediction, not epsilon",
+        ),
+        (
+            "train_text_to_image",
+            {"pretrained_unet_path": BUNDLED / "unet", "beta_end": 0.012},
+            "has learnt with beta_schedule scaled_linear, beta_start 0.00085, beta_end 0.02, ",
+        ),
+        (
+            "train_text_to_image",
+            {"pretrained_unet_path": BUNDLED / "no"},
+            "latentgen-icons-128/no is no folder",
         ),
         ("train_vae", {"latent_channels": 2}, "latent_channels: 2 is too small"),
         ("train_vae", {"crop_size": 0}, "crop_size: 0 is too small"),
@@ -1138,14 +1210,17 @@ def test_two_processes_are_one_with_twice_the_batch(folder, model, tmp_path):
 
 
 def test_two_processes_share_the_drawing_of_the_class(folder, model, tmp_path):
+    """Which is of the size of some batches and not of others."""
+    draw_pictures(folder, 3, size=(64, 32))
     prior = {"with_prior_preservation": True, "class_prompt": "dot", "num_class_images": 3}
     prior |= {"class_data_dir": tmp_path / "class", "allow": ["duplicates"], "train_batch_size": 4}
+    prior |= {"max_train_steps": 4}
     dreambooth(model, folder, tmp_path / "one", **prior)
     words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", folder]
     words += ["--instance_prompt", "sks dot", "--with_prior_preservation", "--class_prompt", "dot"]
     words += ["--class_data_dir", tmp_path / "other", "--num_class_images", 3, "--allow"]
     words += ["duplicates", "--output_dir", tmp_path / "two", "--train_batch_size", 2]
-    words += ["--max_train_steps", 2, "--report_to", "none"]
+    words += ["--max_train_steps", 4, "--report_to", "none"]
     on_two_processes("train_dreambooth", *words)
     pictures = [
         {f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("class", "other")

