@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidRequest
+from ..modelfolder import Model
 from .drawing import Job
 from .jobs import Jobs, JobState
 from .settings import Settings
@@ -70,6 +71,7 @@ class Live:
         self.ready = asyncio.Event()  # the worker takes jobs
         self.refused: InvalidRequest | None = None  # why no worker could ever draw anything
         self._was_ready = False
+        self._hashes: dict[tuple[str, int], str] = {}  # by file and time of its last change
         self.deaths = 0
         self.mean_seconds = 1.0  # of a batch, for those who are told to come again
         self._followers: dict[str, set[_Follower]] = {}
@@ -130,6 +132,11 @@ class Live:
             if not self._followers[id]:
                 del self._followers[id]
 
+    def hash_of(self, model: Model) -> str | None:
+        """The hash of a model, if the worker has read it: large files take a while."""
+        file = model.weight_file()
+        return None if file is None else self._hashes.get((str(file), file.stat().st_mtime_ns))
+
     async def _keep_running(self) -> None:
         command = (sys.executable, "-m", "latentgen.server.process")
         pipe = asyncio.subprocess.PIPE
@@ -179,6 +186,8 @@ class Live:
                     log.error("the worker cannot draw: %s", error)
                 else:
                     self.refused = error
+            case "read":
+                self._hashes[told["file"], told["mtime_ns"]] = told["hash"]
             case "started":
                 self.running |= {id: Progress() for id in told["ids"]}
                 self._notify(told["ids"], ask=True)

@@ -426,7 +426,14 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         more.click(lambda limit: limit + SHOWN, limit, limit).then(
             pictures, limit, [gallery, listed]
         )
-        page.load(names_there, None, [loras, net])
+        own = [scheduler, steps, guidance, width, height]
+        model.input(lambda name: defaults_of(name, settings), model, own)
+        gr.on(
+            [gallery_tab.select, page.load],
+            lambda: names_there(settings),
+            None,
+            [model, loras, net],
+        )
         gallery.select(choose, listed, [chosen, facts, use, delete])
         use.click(lambda name: fill(settings.outputs / name), chosen, form)
         delete.click(remove, [chosen, limit], [gallery, listed, chosen, facts, use, delete])
@@ -442,10 +449,19 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
     return page
 
 
-def names_there() -> tuple[Any, Any]:
-    """What may be chosen of LoRAs and ControlNets: somebody may have put more there."""
+def names_there(settings: Settings) -> list[Any]:
+    """What may be chosen of models, LoRAs and ControlNets: somebody may have put more there."""
     nets = [("none", ""), *controlnet.names_there()]
-    return gr.update(choices=list(lorafolder.names_there())), gr.update(choices=nets)
+    choices = [list(settings.models()), list(lorafolder.names_there()), nets]
+    return [gr.update(choices=names) for names in choices]
+
+
+def defaults_of(name: str, settings: Settings) -> tuple[Any, ...]:
+    """What the form says when a model was chosen: its own scheduler, steps, guidance and size."""
+    found = settings.models().get(name)
+    if found is None:
+        raise InvalidRequest("model", name, "it is not here any more")
+    return "", found.num_inference_steps, found.guidance_scale, found.width, found.height
 
 
 def address(name: str) -> str:

@@ -10,6 +10,7 @@ its server is gone, and so is it, also while it is still loading.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -55,6 +56,9 @@ def main() -> None:
         told = {"field": error.field, "value": str(error.value), "hint": error.hint}
         print(json.dumps({"event": "refused", **told}), file=out, flush=True)
         os._exit(0)  # a thread listens
+    except Exception:  # a database out of reach, say, which may come back
+        logging.exception("the worker cannot start")
+        os._exit(1)
     startup.end()
     listener.join()
 

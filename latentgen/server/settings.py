@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..errors import InvalidRequest
 from ..home import home
 from ..modelfolder import DEFAULT_MODEL, Model, bundled_models, find, models_in
 
@@ -103,11 +105,11 @@ class Settings:
     def models(self) -> dict[str, Model]:
         """What can be drawn with, by name, the default first: what `model` names, the bundled
         model, and what lies in the folder `models` of the data folder."""
+        own = self.default_model
+        if own.hub_id is None and own.path is not None and own.path.exists():
+            with suppress(InvalidRequest):  # half of another one, so far
+                own = find(own.path)
         names: dict[str, Model] = {}
-        for model in [
-            self.default_model,
-            *bundled_models(),
-            *models_in(self.data_dir / "models"),
-        ]:
+        for model in [own, *bundled_models(), *models_in(self.data_dir / "models")]:
             names.setdefault(model.name, model)
         return names

@@ -21,6 +21,7 @@ import base64
 import io
 import json
 import math
+import re
 import time
 from typing import Annotated, Any
 
@@ -110,6 +111,7 @@ EXTRA = (  # what of the infotext `info` tells in a place of its own
     "Lora hashes",
     "TI hashes",
 )
+HASH = re.compile("[0-9a-f]{10}")
 SCHEDULE_TYPES = (
     "Automatic",
     "Uniform",
@@ -542,7 +544,7 @@ def _info(
         with Image.open(io.BytesIO(data)) as image:
             texts.append(metadata.text_of(image) or "")
     told = metadata.parse_infotext(texts[0]).fields if texts else {}
-    found = service.settings.models()[state.job.model]
+    found = service.settings.models().get(state.job.model)
     return {
         "prompt": asked.prompt,
         "all_prompts": [asked.prompt] * len(seeds),
@@ -561,8 +563,8 @@ def _info(
         "batch_size": _or(asked.batch_size, 1),
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": found.name,
-        "sd_model_hash": found.hash(),
+        "sd_model_name": state.job.model,
+        "sd_model_hash": told.get("Model hash"),
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
@@ -574,7 +576,7 @@ def _info(
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(state.job.created)),
         "clip_skip": 1,
-        "is_using_inpainting_conditioning": found.sees_mask,
+        "is_using_inpainting_conditioning": found is not None and found.sees_mask,
         "version": f"latentgen {__version__}",
     }
 
@@ -641,12 +643,12 @@ def schedule_types() -> list[ScheduleType]:
 
 @router.get("/sd-models")
 def sd_models(service: TheService) -> list[ModelTold]:
-    """The models there are."""
+    """The models there are, with the hashes of those that were drawn with."""
     return [
         ModelTold(
-            title=_title(found),
+            title=_title(service, found),
             model_name=found.name,
-            hash=found.hash(),
+            hash=service.live.hash_of(found),
             filename=found.name,  # where it lies is the server's own business
         )
         for found in service.settings.models().values()
@@ -685,7 +687,10 @@ def embeddings(service: TheService) -> Embeddings:
 def options_now(service: TheService) -> Options:
     """The options that mean something here."""
     found = next(iter(service.settings.models().values()))
-    return Options(sd_model_checkpoint=_title(found), sd_checkpoint_hash=found.hash())
+    return Options(
+        sd_model_checkpoint=_title(service, found),
+        sd_checkpoint_hash=service.live.hash_of(found),
+    )
 
 
 @router.post("/options", responses=NOTHING)
@@ -694,7 +699,7 @@ def set_options(options: dict[str, Any], service: TheService) -> None:
     now = options_now(service).model_dump()
     for name, value in options.items():
         if name == "sd_model_checkpoint":
-            value = _title(_named_model(service, value))
+            value = _title(service, _named_model(service, value))
         if _asks_for_nothing(name, value) or (name in now and now[name] == value):
             continue
         hint = f"of the settings, these can be chosen: {sorted(SETTINGS)}"
@@ -744,8 +749,9 @@ def sd_vae() -> list[dict[str, str]]:
     return []
 
 
-def _title(found: Model) -> str:
-    return f"{found.name} [{found.hash()}]" if found.hash() is not None else found.name
+def _title(service: Service, found: Model) -> str:
+    known = service.live.hash_of(found)
+    return f"{found.name} [{known}]" if known is not None else found.name
 
 
 def _named_model(service: Service, name: Any) -> Model:
@@ -756,7 +762,8 @@ def _named_model(service: Service, name: Any) -> Model:
     for found in models.values():
         if name in (found.name, f"{found.name}.safetensors"):
             return found
-    for found in models.values():  # which reads each file once
-        if name in (_title(found), found.hash()):
+    title, _, told = str(name).removesuffix("]").rpartition(" [")
+    for found in models.values():  # whole files are read for what may be a hash only
+        if title in ("", found.name) and HASH.fullmatch(told) and found.hash() == told:
             return found
     raise InvalidRequest("sd_model_checkpoint", name, f"one of {', '.join(models)}")

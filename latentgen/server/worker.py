@@ -12,18 +12,22 @@ import contextlib
 import io
 import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
+import torch
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
 from dbos import error as dbos_error
 from filelock import FileLock
 
 from .. import metadata
 from ..errors import InvalidRequest, LatentgenError
+from ..modelfolder import Model
 from ..outputs import write_file
 from ..pipeline import LatentDiffusion, Result, Step, choose_place
 from ..request import ResolvedRequest, can_join, together
@@ -35,6 +39,11 @@ TAKEN_UP_AGAIN = 3  # times that an interrupted job is tried once more
 CLAIMS = 50  # times that a job may be taken out without being drawn
 GATHER = 0.02  # seconds in which the other jobs of a batch may arrive
 POLL = 0.05  # seconds between looks into the database
+FAULT = "fault"  # attribute of a job: why nobody draws it any more
+NO_ROOM = (
+    "the memory of the device does not hold this; ask for fewer or smaller pictures, or for a "
+    "smaller model"
+)
 PREVIEW = (512, 512)  # pixels at most; the server keeps them all until the job has ended
 
 log = logging.getLogger(__name__)
@@ -45,7 +54,17 @@ class Cancelled(Exception):
 
 
 class Interrupted(LatentgenError):
-    """The worker died with this job too often."""
+    """The worker died with this job, too often or for good."""
+
+
+@dataclass(frozen=True)
+class _Read(Model):
+    """A model in memory: its hash is that of what was read, whatever its file holds by now."""
+
+    digits: str | None = None
+
+    def hash(self) -> str | None:
+        return self.digits
 
 
 @dataclass(eq=False)
@@ -78,14 +97,17 @@ class Worker:
         self._waiting: list[Slot] = []
         self._drawing: list[Slot] = []
         self._cancelled = cancelled
-        self._model: tuple[Any, LatentDiffusion] | None = None
+        self._model: tuple[Any, Any] = (None, None)  # what was asked for, and it
         self.lock: FileLock | None = None
         threading.Thread(target=self._loop, name="draw", daemon=True).start()
 
     def do(self, job: Job) -> dict[str, Any]:
         """Draw a job; returns what the database keeps of it. Called in a thread for each job."""
         (row,) = self.client.list_workflows(workflow_ids=[job.id], load_input=False)
-        draws = (row.attributes or {}).get(DRAWS, 0)
+        attributes = row.attributes or {}
+        if FAULT in attributes:
+            raise Interrupted(attributes[FAULT])
+        draws = attributes.get(DRAWS, 0)
         if draws > TAKEN_UP_AGAIN or (row.recovery_attempts or 0) > CLAIMS:
             raise Interrupted(f"the process that drew it died {draws} times; it is not tried again")
         slot = Slot(job, draws)
@@ -144,45 +166,73 @@ class Worker:
                 self._waiting = [slot for slot in self._waiting if slot not in batch]
             self._draw(pipe, batch, requests)
         except Exception as error:
-            left = [slot for slot in batch if not slot.done.is_set()]
-            if len(batch) > 1 and not isinstance(error, Cancelled):
-                for slot in left:  # one of them is to blame: draw each alone
-                    self._try(slot, [])
-            else:
-                if not isinstance(error, LatentgenError | Cancelled):
+            if _is_fatal(error):
+                self._die(batch, error)
+            if len(batch) == 1 and not first.done.is_set():
+                if isinstance(error, RuntimeError) and "out of memory" in str(error):
+                    error = LatentgenError(NO_ROOM)
+                elif not isinstance(error, LatentgenError):
                     log.exception("a job failed")
-                for slot in left:
-                    slot.end(error)
+                first.end(error)
         finally:
             self._drawing = []
+        for slot in batch:  # if several failed, one of them is to blame: draw each alone
+            if not slot.done.is_set():
+                self._try(slot, [])
+
+    def _die(self, batch: list[Slot], error: Exception) -> NoReturn:
+        """End this process: torch cannot use the device any more, but the next one can. It fails
+        the job that was drawn alone, and of a batch it draws each alone."""
+        told = str(error).partition("\n")[0]
+        log.error("the device failed, and so this process ends: %s", told)
+        try:
+            if len(batch) == 1:
+                facts = {FAULT: f"the device failed while it was drawn: {told}"}
+                self.client.update_workflow_attributes(batch[0].job.id, facts, merge=True)
+        finally:
+            os._exit(1)
 
     def _load(self, name: str) -> LatentDiffusion:
         """The model of a name, with the embeddings that there are; the one before it leaves the
         memory."""
-        settings = self.settings
-        found = settings.models().get(name)
+        while self._model[0] != (wanted := self._wanted(name)):  # also if it changed meanwhile
+            self._model = (None, None)
+            self._model = (wanted, self._read(*wanted[:2]))
+        return self._model[1]
+
+    def _wanted(self, name: str) -> tuple[Model, list[Path], Any]:
+        """A model, the files of embeddings, and what changes when a file is replaced."""
+        found = self.settings.models().get(name)
         if found is None:
             raise InvalidRequest("model", name, "it is not here any more")
-        files = sorted(settings.embeddings.glob("*.safetensors"))
-        wanted = (name, [(file, file.lstat().st_mtime_ns) for file in files])
-        if self._model is None or self._model[0] != wanted:
-            self._model = None
-            source = found.hub_id if found.hub_id is not None else found.path
-            assert source is not None
+        words = sorted(self.settings.embeddings.glob("*.safetensors"))
+        files: Iterable[Path] = ()
+        if found.hub_id is None and found.path is not None:  # those of the hub stay as they are
+            files = [found.path] if found.is_single_file else sorted(found.path.glob("*/*"))
+        facts = [(file, file.stat()) for file in (*files, *words) if file.exists()]
+        return found, words, [(file, told.st_size, told.st_mtime_ns) for file, told in facts]
+
+    def _read(self, found: Model, words: list[Path]) -> LatentDiffusion:
+        settings = self.settings
+        source = found.hub_id if found.hub_id is not None else found.path
+        assert source is not None
+        try:
+            pipe = LatentDiffusion.from_pretrained(
+                source, settings.device, settings.dtype, settings.attention, found.revision
+            )
+        except InvalidRequest as error:  # where it lies is the server's own business
+            value = found.name if error.field == "model" else error.value
+            raise InvalidRequest(error.field, value, error.hint) from error
+        pipe.model = _Read(**vars(pipe.model), digits=pipe.model.hash())
+        if (file := pipe.model.weight_file()) is not None:
+            mtime_ns = file.stat().st_mtime_ns
+            self.tell("read", file=str(file), mtime_ns=mtime_ns, hash=pipe.model.hash())
+        for file in words:
             try:
-                pipe = LatentDiffusion.from_pretrained(
-                    source, settings.device, settings.dtype, settings.attention, found.revision
-                )
-            except InvalidRequest as error:  # where it lies is the server's own business
-                value = name if error.field == "model" else error.value
-                raise InvalidRequest(error.field, value, error.hint) from error
-            for file in files:
-                try:
-                    pipe.load_embedding(file)
-                except LatentgenError as error:  # of another model, most likely
-                    log.warning("%s is not used with %s: %s", file.name, name, error)
-            self._model = (wanted, pipe)
-        return self._model[1]
+                pipe.load_embedding(file)
+            except LatentgenError as error:  # of another model, most likely
+                log.warning("%s is not used with %s: %s", file.name, found.name, error)
+        return pipe
 
     def _draw(
         self, pipe: LatentDiffusion, batch: list[Slot], requests: list[ResolvedRequest]
@@ -295,6 +345,16 @@ def launch(settings: Settings, tell: TextIO, cancelled: Collection[str]) -> Work
     )
     worker.tell("ready")
     return worker
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether torch cannot use the device any more."""
+    try:
+        if torch.cuda.is_initialized():  # libraries have errors of their own, of the same causes
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return isinstance(error, torch.AcceleratorError)
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:

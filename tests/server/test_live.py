@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections import deque
@@ -176,6 +178,30 @@ def test_those_that_find_no_place_are_told_at_once(tmp_path, monkeypatch):
     refused = [seconds for seconds in asyncio.run(run()) if seconds is not None]
     assert (len(accepted), len(refused)) == (2, 10)
     assert max(refused) < 0.2
+
+
+def test_a_worker_that_cannot_start_ends(settings):
+    """The next one may: a database comes back."""
+    (settings.data_dir / "jobs.sqlite").mkdir()
+    command = (sys.executable, "-m", "latentgen.server.process")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
+        worker.stdin.write(settings.to_json())
+        worker.stdin.flush()
+        try:
+            assert worker.wait(120) == 1
+        finally:
+            worker.kill()
+
+
+def test_a_default_model_that_was_replaced_has_its_own_defaults(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "mine")
+    own = folder / "latentgen.json"
+    settings = Settings(data_dir=tmp_path, model=str(folder))
+    before = settings.models()["mine"]
+    own.write_text('{"num_inference_steps": 3}')
+    assert settings.models()["mine"].num_inference_steps == 3
+    own.write_text('{"num_inf')  # half of a copy
+    assert settings.models()["mine"] == before
 
 
 def test_a_hub_is_asked_once(settings, monkeypatch, tmp_path):

@@ -70,6 +70,30 @@ def test_a_picture_is_drawn_and_the_same_seed_draws_it_again(page, server):
     assert one == other
 
 
+def test_a_model_brings_its_own_settings(page, server, tiny):
+    shutil.copytree(tiny, server.home / "models" / "later")
+    page.reload()
+    open_settings(page)
+
+    def choose(name):
+        page.get_by_label("Model", exact=True).click()
+        page.get_by_role("option", name=name, exact=True).click()
+
+    def told(label, value):
+        field = page.get_by_label(label, exact=True).first
+        sync_api.expect(field).to_have_value(str(value), timeout=TIMEOUT)
+
+    choose("latentgen-icons-128")
+    told("Width", 128)
+    request = draw(page, server)["request"]
+    asked = {"num_inference_steps": 20, "guidance_scale": 2, "height": 128, "scheduler": "ddim"}
+    assert request | asked == request
+    choose("later")
+    told("Width", 32)
+    assert draw(page, server)["model"] == "later"
+    shutil.rmtree(server.home / "models" / "later")
+
+
 def test_progress_is_told_and_cancelling_stops_it(page, server):
     open_settings(page)
     for name in ("Width", "Height"):

@@ -3,15 +3,18 @@
 import base64
 import io
 import json
+import shutil
 import threading
 import time
 
+import fakes
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from latentgen import schedulers
+from latentgen import LatentDiffusion, schedulers
+from latentgen.modelfolder import find
 from latentgen.server.webui import around
 
 # What webuiapi 0.9.17 sends when nobody asks for anything.
@@ -206,6 +209,33 @@ def test_companions_answer(server, picture):
     told = post(server, "png-info", image=drawn)
     assert told["info"].startswith("a cat\nSteps: 3,")
     assert (told["parameters"]["Steps"], told["parameters"]["Size-1"]) == ("3", "32")
+
+
+def test_a_hash_is_told_of_what_was_drawn_with(server):
+    """No file is read for a list; what was replaced is another model."""
+    folder = server.home / "models" / "mine"
+    LatentDiffusion(**fakes.components(sample_size=4, seed=1)).save_pretrained(folder)
+    asked = {"prompt": "a", "steps": 2, "width": 32, "height": 32, "seed": 1}
+
+    def listed():
+        told = server.http.get("/sdapi/v1/sd-models").json()
+        return next(one for one in told if one["model_name"] == "mine")
+
+    def drawn(name):
+        answer = post(server, "txt2img", **asked, override_settings={"sd_model_checkpoint": name})
+        return answer["images"], json.loads(answer["info"])["sd_model_hash"]
+
+    assert (listed()["title"], listed()["hash"]) == ("mine", None)
+    first, hash = drawn("mine")
+    assert listed()["hash"] == hash == find(folder).hash()
+    assert listed()["title"] == f"mine [{hash}]"
+    assert drawn(f"mine [{hash}]") == drawn(hash) == (first, hash)
+    fakes.components(sample_size=4, seed=2)["unet"].save_pretrained(folder / "unet")
+    assert listed()["hash"] is None
+    second, other = drawn("mine")
+    assert second != first
+    assert listed()["hash"] == other == find(folder).hash() != hash
+    shutil.rmtree(folder)
 
 
 def test_a_sampler_and_a_schedule_type_must_agree(server):

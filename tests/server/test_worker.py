@@ -4,18 +4,29 @@ import base64
 import io
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import fakes
 import pytest
+import torch
 from PIL import Image
 
-from latentgen.errors import InvalidRequest
+from latentgen.errors import InvalidRequest, LatentgenError
+from latentgen.modelfolder import Model, find
 from latentgen.server.drawing import Drawing, accept
 from latentgen.server.settings import Settings
-from latentgen.server.worker import GATHER, Cancelled, LatentDiffusion, Slot, Worker
+from latentgen.server.worker import (
+    GATHER,
+    Cancelled,
+    Interrupted,
+    LatentDiffusion,
+    Slot,
+    Worker,
+)
 
 
 @pytest.fixture
@@ -33,7 +44,9 @@ def test_embeddings_that_come_later_are_read(worker, monkeypatch):
     monkeypatch.setattr(
         LatentDiffusion,
         "from_pretrained",
-        lambda *_: SimpleNamespace(load_embedding=lambda file: loaded.append(file.name)),
+        lambda *_: SimpleNamespace(
+            model=Model("x"), load_embedding=lambda file: loaded.append(file.name)
+        ),
     )
     (name, *_) = worker.settings.models()
     folder = worker.settings.embeddings
@@ -46,6 +59,79 @@ def test_embeddings_that_come_later_are_read(worker, monkeypatch):
     os.utime(folder / "cat.safetensors", (1, 1))
     assert worker._load(name) is not second
     assert loaded == ["cat.safetensors"] * 2
+
+
+def test_a_model_that_was_replaced_is_read_anew(worker, tiny, monkeypatch):
+    folder = worker.settings.data_dir / "models" / "mine"
+    shutil.copytree(tiny, folder)
+    first = worker._load("mine")
+    then = first.model.hash()
+    assert (then, worker._load("mine")) == (find(folder).hash(), first)
+    replaced, read = [], LatentDiffusion.from_pretrained
+
+    def replace() -> None:
+        replaced.append(seed := len(replaced) + 1)
+        fakes.components(sample_size=4, seed=seed)["unet"].save_pretrained(folder / "unet")
+
+    def meanwhile(*arguments):
+        pipe = read(*arguments)
+        if len(replaced) == 1:
+            replace()
+        return pipe
+
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", meanwhile)
+    replace()
+    second = worker._load("mine")
+    assert len(replaced) == 2
+    latest = fakes.components(sample_size=4, seed=2)["unet"]
+    assert torch.equal(second.unet.conv_in.weight, latest.conv_in.weight)
+    assert second.model.hash() == find(folder).hash() != then
+    assert first.model.hash() == then  # of what it has drawn
+
+
+def failing(worker, monkeypatch, error, count=1) -> list[Slot]:
+    """Jobs that were tried, where drawing raises an error."""
+    pipe = SimpleNamespace(resolve=lambda request: request.resolve(Model("x")))
+    monkeypatch.setattr(worker, "_load", lambda name: pipe)
+    monkeypatch.setattr(worker, "_draw", lambda *_: (_ for _ in ()).throw(error))
+    drawing = Drawing(prompt="a cat", seed=1)
+    first, *others = [Slot(accept(drawing, worker.settings), 0) for _ in range(count)]
+    worker._try(first, others)
+    return [first, *others]
+
+
+def test_what_does_not_fit_into_the_memory_fails_alone_and_with_advice(worker, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    for count in (1, 2):
+        for slot in failing(worker, monkeypatch, error, count):
+            assert isinstance(slot.error, LatentgenError)
+            assert "fewer or smaller pictures" in str(slot.error)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_device_that_failed_ends_the_process(worker, monkeypatch, caplog, count):
+    """And the job that it was drawn with: of several, the next process draws each alone."""
+    noted = {}
+    worker.client = SimpleNamespace(
+        update_workflow_attributes=lambda id, facts, merge: noted.update({id: facts}),
+        list_workflows=lambda workflow_ids, load_input: [
+            SimpleNamespace(attributes=noted[workflow_ids[0]])
+        ],
+    )
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered\nAnd so on.")
+    with pytest.raises(SystemExit):
+        failing(worker, monkeypatch, error, count)
+    assert "device-side assert triggered" in caplog.text
+    assert len(noted) == (count == 1)
+    for id in noted:
+        job = SimpleNamespace(id=id)
+        with pytest.raises(Interrupted, match=r"failed while it was drawn: CUDA .* triggered$"):
+            worker.do(job)
 
 
 def test_who_came_first_is_drawn_first(tmp_path, monkeypatch):
