@@ -873,7 +873,7 @@ def _reporting(interrupted: str = "nothing was written", **flags: str) -> Iterat
         raise typer.Exit(1) from None
     except RuntimeError as error:  # torch's
         reason = str(error).partition("\n")[0]
-        if "memory" not in reason:
+        if "out of memory" not in reason and "allocate memory" not in reason:
             raise
         advice = "smaller or fewer pictures, --dtype float16 and --attention sliced need less"
         typer.echo(f"error: {reason} ({advice})", err=True)
