@@ -428,12 +428,7 @@ def build(settings: Settings, service: Callable[[], Service]) -> gr.Blocks:
         )
         own = [scheduler, steps, guidance, width, height]
         model.input(lambda name: defaults_of(name, settings), model, own)
-        gr.on(
-            [gallery_tab.select, page.load],
-            lambda: names_there(settings),
-            None,
-            [model, loras, net],
-        )
+        page.load(lambda: names_there(settings), None, [model, loras, net])
         gallery.select(choose, listed, [chosen, facts, use, delete])
         use.click(lambda name: fill(settings.outputs / name), chosen, form)
         delete.click(remove, [chosen, limit], [gallery, listed, chosen, facts, use, delete])
